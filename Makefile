@@ -1,0 +1,50 @@
+# Everything here makes .venv and installs what is missing; only Python 3.11 or newer must be there.
+# Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint format bench clean
+
+help:  ## What can be made
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1	/' | expand -t 22
+
+install: $(INSTALLED)  ## Make .venv and install the exact versions of constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)  ## The whole path, from images to a served edit; ARGS="--once --workdir out"
+	$(BIN)/insightedit quickstart $(ARGS)
+
+test: $(INSTALLED)  ## The tests that every change must pass
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(INSTALLED)  ## The tests that take minutes each
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(INSTALLED)  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(INSTALLED)  ## Put the code into ruff's form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# benchmarks/NAME.py prints a table and writes out/NAME.json.
+bench: $(patsubst benchmarks/%.py,bench-%,$(sort $(wildcard benchmarks/*.py)))  ## Every benchmark
+
+bench-%: $(INSTALLED)  ## One benchmark, benchmarks/%.py
+	$(BIN)/python benchmarks/$*.py $(ARGS)
+
+clean:  ## Remove what building and running made; .venv and insightedit-work stay
+	rm -rf build dist out src/*.egg-info .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

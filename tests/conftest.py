@@ -1,0 +1,31 @@
+"""What every test shares: no network, no telemetry, one thread a process, and never the real work folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from insightedit.cli import QUIET
+
+# Set before torch, ray or mlflow are imported; Ray's workers inherit them.
+os.environ.update(
+    {
+        **QUIET,
+        "HF_HUB_OFFLINE": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MPLBACKEND": "Agg",
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def own_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A work folder for this test alone, found by everything that names none."""
+    folder = tmp_path / "work"
+    monkeypatch.setenv("INSIGHTEDIT_WORKDIR", str(folder))
+    return folder
