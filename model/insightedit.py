@@ -1,0 +1,266 @@
+"""InsightEdit as one module to train: the joining of language model, bridging module and denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionModelWithProjection,
+)
+
+from insightedit.model.bridge import BidirectionalInteraction, ImageAlignmentAdapter, QFormer
+from insightedit.model.configuration import LoraConfig, ModelConfig
+from insightedit.model.encoders import encode_text
+from insightedit.model.losses import LossTerm, mm_token_loss, squared_error
+from insightedit.model.mllm import MultimodalTokens, add_lora, hidden_states, token_logits, without_lora
+from insightedit.model.pipeline import InsightEditPipeline
+from insightedit.model.stages import STAGES, part_of
+from insightedit.model.unet import AttentionContext, InsightEditUNet
+
+CONDITION_DROP = 0.05
+"""InstructPix2Pix's training dropout: below it the text is dropped, below twice it both, below thrice the source."""
+
+
+def build_pipeline(config: ModelConfig) -> InsightEditPipeline:
+    """The untrained InsightEdit: pretrained sources, and InsightEdit's own parts freshly initialised.
+
+    Own parts follow torch's random state. The UNet gets eight input channels, the new ones zero.
+    """
+    float32 = {"dtype": torch.float32}
+    diffusion = _load_diffusion(config.sources.diffusion)
+    image_encoder = CLIPVisionModelWithProjection.from_pretrained(config.sources.image_encoder, **float32)
+    mllm = AutoModelForImageTextToText.from_pretrained(config.sources.mllm, **float32)
+    text = diffusion["text_encoder"].config
+    width = mllm.get_input_embeddings().weight.shape[1]
+    unet = InsightEditUNet.from_unet(diffusion["unet"], in_channels=2 * diffusion["vae"].config.latent_channels)
+    mm_tokens = MultimodalTokens(config.num_mm_tokens, width)
+    mm_tokens.start_from(mllm)
+    return InsightEditPipeline(
+        **{**diffusion, "unet": unet},
+        image_encoder=image_encoder,
+        image_processor=AutoImageProcessor.from_pretrained(config.sources.image_encoder),
+        mllm=mllm,
+        mllm_processor=AutoProcessor.from_pretrained(config.sources.mllm),
+        mm_tokens=mm_tokens,
+        qformer=_build_qformer(config, text.max_position_embeddings, text.hidden_size, width),
+        bim=BidirectionalInteraction(
+            text_size=text.hidden_size,
+            width=image_encoder.config.hidden_size,
+            spatial_channels=unet.config["block_out_channels"][0],
+            num_layers=config.bim.num_layers,
+            num_heads=config.bim.num_heads,
+            mlp_size=config.bim.mlp_size,
+            text_weight=config.bim.text_weight,
+        ),
+        adapter=ImageAlignmentAdapter(
+            num_mm_tokens=config.num_mm_tokens,
+            input_size=width,
+            hidden_size=config.adapter.hidden_size,
+            embed_size=image_encoder.config.projection_dim,
+            context_size=unet.config["cross_attention_dim"],
+            num_tokens=config.adapter.num_tokens,
+            pooling=config.adapter.pooling,
+        ),
+        resolution=config.resolution,
+        prompt_length=config.prompt_length,
+        image_branch=False,
+        num_inference_steps=config.sampling.num_inference_steps,
+        guidance_scale=config.sampling.guidance_scale,
+        image_guidance_scale=config.sampling.image_guidance_scale,
+    )
+
+
+def _build_qformer(config: ModelConfig, queries: int, size: int, width: int) -> QFormer:
+    return QFormer(
+        num_queries=queries,
+        hidden_size=size,
+        encoder_hidden_size=width,
+        num_layers=config.qformer.num_layers,
+        num_heads=config.qformer.num_heads,
+        intermediate_size=config.qformer.intermediate_size,
+        cross_attention_frequency=config.qformer.cross_attention_frequency,
+        dropout=config.qformer.dropout,
+    )
+
+
+def _load_diffusion(source: str) -> dict[str, Any]:
+    """The parts of a Stable Diffusion folder or hub id that an edit needs."""
+    pipeline: Any = DiffusionPipeline.from_pretrained(
+        source, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+    )
+    return {name: getattr(pipeline, name) for name in ("scheduler", "vae", "unet", "text_encoder", "tokenizer")}
+
+
+class InsightEditModel(nn.Module):
+    """What trains, and what it takes to compute its losses from features of the frozen encoders.
+
+    A batch holds, for B samples: the language model's `input_ids`, `attention_mask`, `mm_start` and image inputs;
+    `clip_patches` (B, G * G, W) of the source; `source_embeds` and `target_embeds` (B, P); `text_states` (B, T, D) of
+    the caption; `source_latents` (B, 4, h, w), unscaled; `target_moments` (B, 8, h, w); `diffusion_weight` (B,), 0
+    where there is no target; and `seed` (B,), which all of a sample's noise follows from, so that it does not depend
+    on how samples are spread over workers.
+    """
+
+    def __init__(self, pipeline: InsightEditPipeline, lora: LoraConfig) -> None:
+        """Take a pipeline's parts; they are trained in place.
+
+        Args:
+            pipeline: a whole pipeline, fresh or trained.
+            lora: what is added to its language model.
+        """
+        super().__init__()
+        self.mllm = pipeline.mllm
+        self.mm_tokens: MultimodalTokens = pipeline.mm_tokens
+        self.qformer: QFormer = pipeline.qformer
+        self.bim: BidirectionalInteraction = pipeline.bim
+        self.adapter: ImageAlignmentAdapter = pipeline.adapter
+        self.unet: InsightEditUNet = pipeline.unet
+        add_lora(self.mllm, lora)
+        with torch.no_grad():
+            self.null_text = nn.Buffer(encode_text(pipeline.text_encoder, pipeline.tokenizer, [""]))
+        vae: AutoencoderKL = pipeline.vae
+        self.latent_scale = float(vae.config["scaling_factor"])
+        self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.query_variance = torch.zeros(())
+        # Not a submodule: the frozen encoders are no part of what is trained and kept in checkpoints.
+        object.__setattr__(self, "_pipeline", pipeline)
+
+    def begin_stage(self, number: int) -> None:
+        """Choose what trains. Stage 3 begins with the text's keys and values copied into the image branch."""
+        stage = STAGES[number]
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(part_of(name) in stage.trains)
+        if number == 3:
+            self.unet.start_image_branch()
+
+    def forward(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, LossTerm]:
+        """The losses of a stage's equation, by their names in the seed."""
+        inputs = {name: x for name, x in batch.items() if name not in _OWN_INPUTS}
+        around = hidden_states(self.mllm, self.mm_tokens, inputs)
+        states = around[:, 1:]
+        queries = self.qformer(states)
+        mapped = self.adapter.map(states)
+        self.query_variance = queries.detach().float().var(dim=1).mean()
+        every = torch.ones_like(batch["diffusion_weight"])
+        if stage == 1:
+            return {
+                "L_LLM": LossTerm(self._token_loss(around), every),
+                "L_IB": LossTerm(squared_error(mapped, batch["source_embeds"]), every),
+                "L_TB": LossTerm(squared_error(queries, batch["text_states"]), every),
+            }
+        edits = batch["diffusion_weight"]
+        f_txt, spatial = self.bim(queries, batch["clip_patches"].to(queries.dtype))
+        alignment = LossTerm(squared_error(mapped, batch["target_embeds"]), edits)
+        if stage == 2:
+            return {
+                "L_MLLM": LossTerm(self._token_loss(around), every),
+                "L_IAA": alignment,
+                "L_diff1": LossTerm(self._diffusion_loss(batch, f_txt, None, spatial), edits),
+            }
+        diffusion = self._diffusion_loss(batch, f_txt, mapped, spatial)
+        return {"L_IAA": alignment, "L_diff2": LossTerm(diffusion, edits)}
+
+    def _token_loss(self, around: Tensor) -> Tensor:
+        logits = token_logits(self.mllm, self.mm_tokens, around[:, :-1])
+        return mm_token_loss(logits, logits.shape[-1] - self.mm_tokens.config["num_tokens"])
+
+    def _diffusion_loss(self, batch: Mapping[str, Tensor], f_txt: Tensor, mapped: Tensor | None, v: Tensor) -> Tensor:
+        """L_diff1 (without f_img) and L_diff2 of equations 3 and 4, for each sample (B,)."""
+        draws = draw_noise(
+            batch["seed"], batch["source_latents"].shape, self.noise_scheduler.config.num_train_timesteps
+        )
+        mean, log_variance = batch["target_moments"].float().chunk(2, dim=1)
+        target = (mean + draws.posterior * (0.5 * log_variance).exp()) * self.latent_scale
+        noisy = self.noise_scheduler.add_noise(target, draws.noise, draws.timesteps)
+        text_dropped = (draws.drop < 2 * CONDITION_DROP)[:, None, None]
+        source_kept = (draws.drop < CONDITION_DROP) | (draws.drop >= 3 * CONDITION_DROP)
+        text = torch.where(text_dropped, self.null_text.to(f_txt.dtype), f_txt)
+        source = batch["source_latents"].float() * source_kept[:, None, None, None]
+        image = None
+        if mapped is not None:
+            image = self.adapter.project(mapped.masked_fill(text_dropped[:, 0], 0.0))
+        output = self.unet.denoise(torch.cat([noisy, source], dim=1), draws.timesteps, AttentionContext(text, image), v)
+        return squared_error(output, self._diffusion_target(target, draws.noise, draws.timesteps))
+
+    def _diffusion_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        kind = self.noise_scheduler.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "v_prediction":
+            return self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        raise ValueError(f"the scheduler's prediction_type is {kind!r}; use 'epsilon' or 'v_prediction'.")
+
+    def pipeline(self, *, image_branch: bool) -> InsightEditPipeline:
+        """A pipeline of the present weights, the language model's LoRA merged into a copy.
+
+        Args:
+            image_branch: whether f_img takes part: True once stage 3 has trained it.
+        """
+        own: InsightEditPipeline = self._pipeline
+        parts = {name: part for name, part in own.components.items() if name != "mllm"}
+        settings = {**_settings(own), "image_branch": image_branch}
+        result = InsightEditPipeline(**parts, mllm=without_lora(self.mllm), **settings)
+        result.set_progress_bar_config(disable=True)
+        return result
+
+    def save_pipeline(self, folder: str | Path, *, image_branch: bool) -> None:
+        """Write the present weights as a pipeline folder of safetensors."""
+        self.pipeline(image_branch=image_branch).save_pretrained(str(folder), safe_serialization=True)
+
+
+_OWN_INPUTS = frozenset(
+    {
+        "clip_patches",
+        "source_embeds",
+        "target_embeds",
+        "text_states",
+        "source_latents",
+        "target_moments",
+        "diffusion_weight",
+        "seed",
+        "position",
+    }
+)
+
+
+class Draws(NamedTuple):
+    """What chance decides for B samples."""
+
+    noise: Tensor
+    """(B, 4, h, w), epsilon."""
+    posterior: Tensor
+    """(B, 4, h, w), the noise of the target's latents around their mean."""
+    timesteps: Tensor
+    """(B,) int64."""
+    drop: Tensor
+    """(B,) uniform in [0, 1), which conditions are dropped."""
+
+
+def draw_noise(seeds: Tensor, shape: torch.Size, num_timesteps: int) -> Draws:
+    """Draw for each of the seeds (B,) by itself; `shape` is that of the latents (B, 4, h, w)."""
+    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for seed in seeds.tolist():
+        generator = torch.Generator().manual_seed(seed)
+        rows.append(
+            (
+                torch.randn(shape[1:], generator=generator),
+                torch.randn(shape[1:], generator=generator),
+                torch.randint(num_timesteps, (), generator=generator),
+                torch.rand((), generator=generator),
+            )
+        )
+    noise, posterior, timesteps, drop = (torch.stack(column).to(seeds.device) for column in zip(*rows, strict=True))
+    return Draws(noise, posterior, timesteps, drop)
+
+
+def _settings(pipeline: InsightEditPipeline) -> dict[str, Any]:
+    names = ("resolution", "prompt_length", "num_inference_steps", "guidance_scale", "image_guidance_scale")
+    return {name: pipeline.config[name] for name in names}

@@ -1,0 +1,126 @@
+"""The multimodal language model's side: the [MM] vocabulary, one teacher-forced pass, and LoRA.
+
+The [MM] tokens are rows of our own beside the frozen vocabulary. In the token ids their places hold any valid id; a
+hook on the embedding puts the rows there. So no embedding is resized, and whatever `AutoModelForImageTextToText`
+loads can be used as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from insightedit.model.configuration import LoraConfig
+
+IMAGE_KEYS_EXCLUDED = frozenset({"input_ids", "attention_mask", "mm_start"})
+
+
+class MultimodalTokens(ModelMixin, ConfigMixin):
+    """The r [MM] tokens: an input row and an output row for each."""
+
+    @register_to_config
+    def __init__(self, num_tokens: int = 32, hidden_size: int = 4096) -> None:
+        super().__init__()
+        self.input_rows = nn.Embedding(num_tokens, hidden_size)
+        self.output_rows = nn.Linear(hidden_size, num_tokens, bias=False)
+
+    @torch.no_grad()
+    def start_from(self, mllm: PreTrainedModel) -> None:
+        """Begin at the mean of the frozen vocabulary's rows, each token a little apart from the others."""
+        output = mllm.get_output_embeddings()
+        pairs = ((self.input_rows, mllm.get_input_embeddings()), (self.output_rows, output))
+        for rows, vocabulary in pairs:
+            known = vocabulary.weight.float()
+            rows.weight.copy_(known.mean(dim=0) + 0.5 * known.std() * torch.randn_like(rows.weight))
+
+    def positions(self, start: Tensor) -> Tensor:
+        """Positions (B, r) of the tokens in rows where they begin at `start` (B,)."""
+        return start[:, None] + torch.arange(self.config["num_tokens"], device=start.device)
+
+    @contextmanager
+    def inserted(self, mllm: PreTrainedModel, start: Tensor) -> Iterator[None]:
+        """Put the input rows into the embedding's output at positions `start` (B,) and on."""
+        positions = self.positions(start)
+
+        def insert(_module: nn.Module, _args: Any, embeddings: Tensor) -> Tensor:
+            rows = self.input_rows(torch.arange(positions.shape[1], device=embeddings.device)).to(embeddings.dtype)
+            index = positions[..., None].expand(-1, -1, embeddings.shape[-1])
+            return embeddings.scatter(1, index, rows.expand(embeddings.shape[0], -1, -1))
+
+        handle = mllm.get_input_embeddings().register_forward_hook(insert)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def hidden_states(mllm: PreTrainedModel, tokens: MultimodalTokens, inputs: Mapping[str, Tensor]) -> Tensor:
+    """One teacher-forced pass over image, instruction and [MM] tokens.
+
+    Args:
+        mllm: the language model.
+        tokens: the [MM] vocabulary.
+        inputs: `input_ids` (B, L), `attention_mask` (B, L), `mm_start` (B,), and the image inputs of the processor.
+
+    Returns:
+        (B, r + 1, H): last-layer states at the position before [MM_1], then at the r tokens. The states h are
+        `[:, 1:]`; the states that predict the tokens are `[:, :-1]`.
+    """
+    start = inputs["mm_start"]
+    image_inputs = {name: value for name, value in inputs.items() if name not in IMAGE_KEYS_EXCLUDED}
+    with tokens.inserted(mllm, start):
+        states: Tensor = mllm.base_model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **image_inputs
+        ).last_hidden_state
+    positions = torch.cat([start[:, None] - 1, tokens.positions(start)], dim=1)
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def token_logits(mllm: PreTrainedModel, tokens: MultimodalTokens, states: Tensor) -> Tensor:
+    """Logits (B, r, V + r) of the frozen vocabulary and the [MM] tokens side by side, from states (B, r, H)."""
+    return torch.cat([mllm.get_output_embeddings()(states), tokens.output_rows(states)], dim=-1)
+
+
+def add_lora(mllm: PreTrainedModel, config: LoraConfig) -> None:
+    """Put LoRA on the query and value projections of the language model, not of its vision tower.
+
+    The added weights change nothing until they are trained.
+    """
+    decoder = mllm.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    targets = [
+        name
+        for name, module in mllm.named_modules()
+        if id(module) in inside and name.rsplit(".", 1)[-1] in ("q_proj", "v_proj")
+    ]
+    if not targets:
+        raise ValueError("model.sources.mllm has no q_proj and v_proj in its language model; choose another model.")
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none"
+        ),
+        mllm,
+    )
+
+
+def without_lora(mllm: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the language model with its LoRA merged into the weights, as plain as it was loaded."""
+    merged = copy.deepcopy(mllm)
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(merged.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(merged, "peft_config"):
+        del merged.peft_config
+    return merged.requires_grad_(False)
