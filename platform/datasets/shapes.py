@@ -1,0 +1,173 @@
+"""The shapes dataset: records of the shapes world, drawn from a seed.
+
+`shapes_world` holds scenes and their pictures, `shapes_language` what can be said of one, `shapes_edits` the edits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from insightedit.platform.datasets.shapes_edits import Edit, sample_edit, vocabulary_corpus
+from insightedit.platform.datasets.shapes_language import question_answer, short_caption, statements
+from insightedit.platform.datasets.shapes_world import (
+    SPLITS,
+    Ground,
+    Scene,
+    Shape,
+    Split,
+    render,
+    sample_scene,
+    shape_masks,
+    split_of,
+)
+from insightedit.platform.errors import UsageError
+from insightedit.platform.records import Record, encode_png
+
+__all__ = [
+    "SPLITS",
+    "Edit",
+    "Ground",
+    "Scene",
+    "Shape",
+    "ShapesOptions",
+    "ShapesReader",
+    "Split",
+    "Wording",
+    "caption_records",
+    "edit_records",
+    "question_answer",
+    "render",
+    "sample_edit",
+    "sample_scene",
+    "shape_masks",
+    "short_caption",
+    "split_of",
+    "statements",
+    "vocabulary_corpus",
+]
+
+Wording = Literal["both", "simple", "advanced"]
+
+DATASET: Final = "shapes"
+WORLD_VERSION: Final = 1
+"""Raised whenever the same seed gives other records, so that shards prepared before are seen to be stale."""
+
+
+def edit_records(split: Split, count: int, seed: int, wording: Wording = "both", *, start: int = 0) -> Iterator[Record]:
+    """Draw edits as records.
+
+    Args:
+        split: which scenes.
+        count: how many edits; with both wordings each gives two records of the same pictures, simple first.
+        seed: which edits; the edit of a number depends on nothing but split, seed and number.
+        wording: which instructions.
+        start: number of the first edit.
+    """
+    wordings = ("simple", "advanced") if wording == "both" else (wording,)
+    for number in range(start, start + count):
+        edit = sample_edit(seed * 2**32 + number, split)
+        source, target = encode_png(render(edit.source)), encode_png(render(edit.target))
+        meta = {
+            "scene": edit.source.to_json(),
+            "target_scene": edit.target.to_json(),
+            "form": edit.form,
+            "held_out": list(edit.held_out),
+            "pair": number,
+        }
+        for which in wordings:
+            yield Record(
+                key=f"{split}-{seed}-{number:06d}-{which}",
+                dataset=DATASET,
+                task="edit",
+                source=source,
+                target=target,
+                instruction=edit.simple if which == "simple" else edit.advanced,
+                category=edit.task,
+                meta=json.dumps(meta | {"wording": which}),
+            )
+
+
+def caption_records(split: Split, count: int, seed: int, *, start: int = 0) -> Iterator[Record]:
+    """Draw single scenes with a caption as records, arguments as in `edit_records`."""
+    for number in range(start, start + count):
+        rng = random.Random(f"caption:{split}:{seed}:{number}")
+        scene = sample_scene(rng, split)
+        yield Record(
+            key=f"{split}-{seed}-{number:06d}-caption",
+            dataset=DATASET,
+            task="caption",
+            source=encode_png(render(scene)),
+            instruction=short_caption(scene, rng),
+            meta=json.dumps({"scene": scene.to_json()}),
+        )
+
+
+class ShapesOptions(BaseModel):
+    """What to draw. `count` is the number of edits or of captioned scenes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["edit", "caption"]
+    split: Split
+    count: int = Field(gt=0)
+    seed: int = Field(ge=0)
+    wording: Wording = "both"
+
+    @property
+    def records_each(self) -> int:
+        """Records that one edit or scene gives."""
+        return 2 if self.kind == "edit" and self.wording == "both" else 1
+
+    @classmethod
+    def parse(cls, options: Mapping[str, object]) -> ShapesOptions:
+        """Check options from a config.
+
+        Raises:
+            UsageError: An option is unknown, missing or wrong.
+        """
+        try:
+            return cls.model_validate(dict(options))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            known = ", ".join(cls.model_fields)
+            raise UsageError(f"Option {field!r} of a shapes dataset: {first['msg']}; options are {known}.") from error
+
+
+class ShapesReader:
+    """Reader of the shapes world; see `insightedit.platform.datasets.Reader`."""
+
+    name: ClassVar[str] = DATASET
+    needs: ClassVar[str] = "nothing: drawn from a seed"
+
+    def count(self, options: Mapping[str, object]) -> int:
+        """Return the number of records."""
+        parsed = ShapesOptions.parse(options)
+        return parsed.count * parsed.records_each
+
+    def records(self, options: Mapping[str, object], start: int = 0, stop: int | None = None) -> Iterator[Record]:
+        """Draw records number `start` up to `stop`, each the same whatever the range."""
+        parsed = ShapesOptions.parse(options)
+        each, total = parsed.records_each, self.count(options)
+        stop = total if stop is None else min(stop, total)
+        first, last = start // each, -(-stop // each)
+        if first >= last:
+            return
+        if parsed.kind == "edit":
+            drawn = edit_records(parsed.split, last - first, parsed.seed, parsed.wording, start=first)
+        else:
+            drawn = caption_records(parsed.split, last - first, parsed.seed, start=first)
+        for number, record in enumerate(drawn, first * each):
+            if start <= number < stop:
+                yield record
+
+    def fingerprint(self, options: Mapping[str, object]) -> str:
+        """Return a sha256 that changes when the records do."""
+        text = json.dumps([DATASET, WORLD_VERSION, ShapesOptions.parse(options).model_dump()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()

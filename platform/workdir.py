@@ -1,0 +1,65 @@
+"""Where one project's registry, runs, shards and logs live."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from insightedit.platform.errors import UsageError
+
+ENVIRONMENT_VARIABLE = "INSIGHTEDIT_WORKDIR"
+DEFAULT_FOLDER = "insightedit-work"
+
+
+@dataclass(frozen=True, slots=True)
+class Workdir:
+    """The folder that every command shares; what one command made there, the next one finds."""
+
+    root: Path
+
+    @classmethod
+    def open(cls, path: str | Path | None = None) -> Workdir:
+        """Open a work folder, made if it is missing.
+
+        Args:
+            path: the folder; without it `INSIGHTEDIT_WORKDIR`, then `./insightedit-work`.
+
+        Raises:
+            UsageError: the path exists and is not a folder.
+        """
+        root = Path(path or os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_FOLDER).expanduser().absolute()
+        if root.exists() and not root.is_dir():
+            raise UsageError(f"--workdir {root} is a file; name a folder instead.")
+        root.mkdir(parents=True, exist_ok=True)
+        return cls(root)
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's tracking and registry database."""
+        return f"sqlite:///{self.root / 'mlflow.db'}"
+
+    @property
+    def artifacts(self) -> Path:
+        """MLflow's artifacts: the files of runs and of model versions."""
+        return self.root / "artifacts"
+
+    @property
+    def data(self) -> Path:
+        """Prepared shards, a folder for each dataset."""
+        return self.root / "data"
+
+    @property
+    def runs(self) -> Path:
+        """Checkpoints and states of training runs, a folder for each run."""
+        return self.root / "runs"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of long-lived processes."""
+        return self.root / "logs"
+
+    @property
+    def serve_state(self) -> Path:
+        """What `serve up` started: address, process and version."""
+        return self.root / "serve.json"
