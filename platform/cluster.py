@@ -1,0 +1,72 @@
+"""The Ray cluster that a command works on: one that runs already, or one of its own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from insightedit.platform.errors import ClusterError
+
+ADDRESS_VARIABLE = "RAY_ADDRESS"
+_OWN_ERROR = re.compile(r"^insightedit\.\S+Error: (.+)$", re.MULTILINE)
+MIN_LOGICAL_CPUS = 8
+"""What a local Ray counts at least: two workers and their data stream on a machine of two CPUs would leave none to run
+the data tasks on, and training would wait forever."""
+
+
+@contextmanager
+def connected(address: str | None = None, *, cpus: int | None = None) -> Generator[None]:
+    """Use a Ray cluster for a while.
+
+    A Ray that this process is connected to already is used and left as it is. One that is started here ends here.
+
+    Args:
+        address: of a running cluster; without it `RAY_ADDRESS`, then a local Ray of this process.
+        cpus: logical CPUs of a local Ray.
+
+    Raises:
+        ClusterError: the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    connect(address, cpus=cpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cause_of(error: BaseException) -> str:
+    """What went wrong in the task or actor that an error of Ray is about, in one line."""
+    # Ray carries tracebacks as text; an error of ours stands there with its whole name.
+    if own := _OWN_ERROR.findall(str(error)):
+        return own[-1]
+    while inner := getattr(error, "cause", None) or error.__cause__:
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def connect(address: str | None = None, *, cpus: int | None = None) -> None:
+    """Connect this process to Ray; arguments and errors as in `connected`."""
+    address = address or os.environ.get(ADDRESS_VARIABLE)
+    quiet: Any = {"logging_level": "ERROR", "log_to_driver": False}
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            logical = cpus or max(os.cpu_count() or 1, MIN_LOGICAL_CPUS)
+            ray.init(address="local", num_cpus=logical, include_dashboard=False, **quiet)
+    except (ConnectionError, TimeoutError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
+        where = f"at {address}" if address else "on this machine"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ClusterError(f"Ray {where} cannot be reached ({reason}); check the address or start one.") from error

@@ -1,0 +1,333 @@
+"""Presets: every choice of a model and its training, as one validated, frozen object.
+
+A preset is a YAML file. It may extend another one and gives only what differs; `--set section.key=value` changes single
+values. Unknown fields are refused, so that a misspelt one is never silently without effect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from insightedit.model.configuration import ModelConfig, SourcesConfig
+from insightedit.model.stages import STAGES
+from insightedit.platform.errors import NotFoundError, UsageError
+
+PRESETS = Path(__file__).parent / "presets"
+_PACKAGE = "package:"
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+StageNumber = Annotated[int, Field(ge=1, le=len(STAGES))]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DatasetConfig(_Settings):
+    """One dataset: which reader, with which options."""
+
+    reader: str
+    """Name of a reader; `insightedit data list` shows them."""
+    options: dict[str, Any] = {}
+    """What the reader is told: split, count, seed, folder."""
+
+
+class DataConfig(_Settings):
+    """What is prepared before training."""
+
+    datasets: dict[str, DatasetConfig]
+    validation: DatasetConfig | None = None
+    """Edits whose pictures are tracked while training."""
+    rows_per_shard: Count = 512
+    quarantine_limit: Share = 0.01
+    """Share of bad rows above which preparing a dataset stops."""
+    encoder_workers: Count = 2
+    """Processes that run the frozen encoders, each on one thread."""
+    encoder_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of each such process."""
+    shuffle_shards: Count = 8
+    """Shards whose rows are shuffled together; what a data task keeps in memory."""
+
+
+class StageConfig(_Settings):
+    """How one stage is trained. What it trains and its losses' names are the seed's (`insightedit.model.stages`)."""
+
+    datasets: dict[str, Annotated[float, Field(gt=0)]]
+    """Weight of each dataset in the mixture."""
+    losses: dict[str, Annotated[float, Field(ge=0)]]
+    """Weight of each loss of the stage's equation."""
+    steps: Count
+    global_batch: Count
+    """Samples of one optimiser step, over all workers and accumulation."""
+    micro_batch: Count
+    """Samples a worker takes at once, at most. Accumulation makes up the rest."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    warmup: Share = 0.05
+    """Share of the steps in which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_learning_rate: Share = 0.0
+    """Where the schedule ends, as a share of `learning_rate`."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradients."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the modules under autocast; weights and optimiser stay in float32."""
+    zero: Literal[2, 3] = 2
+    """ZeRO stage of DeepSpeed."""
+    checkpoint_every: Count = 500
+    """Steps between checkpoints."""
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between pictures of validation edits; 0 makes them at the stage's end only."""
+    log_every: Count = 10
+    """Steps whose figures are averaged into one point of a curve."""
+
+
+class WorkersConfig(_Settings):
+    """The processes that train."""
+
+    count: Count = 2
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    """CPUs that Ray sets aside for each worker."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    threads: Count = 1
+    """Threads of torch in each worker."""
+    data_tasks: Count = 1
+    """Tasks at a time that read and collate batches, for all workers together."""
+    data_cpus: Annotated[float, Field(gt=0)] = 0.5
+    steps_per_block: Count = 8
+    """Optimiser steps whose samples one data task collates for one worker."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Restarts after a worker died; -1 is without limit."""
+
+
+class CheckpointsConfig(_Settings):
+    """What is kept of a running stage."""
+
+    keep: Count = 2
+
+
+class EvaluationConfig(_Settings):
+    """How a model is judged."""
+
+    reader: str = "shapes"
+    split: str = "test"
+    scenes: Count = 200
+    seed: Annotated[int, Field(ge=0)] = 0
+    batch: Count = 16
+    """Edits at a time."""
+
+
+class PromotionConfig(_Settings):
+    """When a challenger becomes champion."""
+
+    min_viescore: Share = 0.5
+    """What the first champion must reach. An editor that copies its source scores 0.5."""
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """By how much a challenger's VIEScore must exceed the champion's."""
+
+
+class RunConfig(_Settings):
+    """A whole preset."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig
+    data: DataConfig
+    stages: dict[StageNumber, StageConfig]
+    workers: WorkersConfig = WorkersConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    promotion: PromotionConfig = PromotionConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        for number, stage in self.stages.items():
+            where = f"stages.{number}"
+            if unknown := stage.datasets.keys() - self.data.datasets.keys():
+                raise ValueError(f"{where}.datasets names {sorted(unknown)[0]!r}, which data.datasets does not have")
+            expected = STAGES[number].losses
+            if set(stage.losses) != set(expected):
+                raise ValueError(f"{where}.losses must give a weight to each of {', '.join(expected)} and nothing else")
+            if stage.global_batch % self.workers.count:
+                raise ValueError(
+                    f"{where}.global_batch is {stage.global_batch}, which workers.count {self.workers.count} does not"
+                    " divide"
+                )
+            if stage.zero == 3 and stage.validate_every:
+                raise ValueError(f"{where}.validate_every must be 0 with zero: 3, where no worker has the whole model")
+        return self
+
+    def model_sources(self) -> ModelConfig:
+        """The model's config with every source as a folder that exists or a hub id.
+
+        Raises:
+            NotFoundError: a source is a folder and is missing.
+        """
+        sources = dataclasses.asdict(self.model.sources)
+        found = {part: _resolve_source(f"model.sources.{part}", source) for part, source in sources.items()}
+        return dataclasses.replace(self.model, sources=SourcesConfig(**found))
+
+    def fingerprint(self, stage: int) -> str:
+        """A sha256 over all that the weights after a stage depend on; a run resumes only under the same."""
+        text = self.model_dump(mode="json", include={"seed", "model", "data", "stages"})
+        quiet = {"checkpoint_every", "validate_every", "log_every"}
+        stages = {
+            key: {name: value for name, value in fields.items() if name not in quiet}
+            for key, fields in text["stages"].items()
+            if int(key) <= stage
+        }
+        for name in ("encoder_workers", "encoder_gpus", "validation"):
+            text["data"].pop(name)
+        return _sha256({**text, "stages": stages})
+
+
+def load_preset(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a preset.
+
+    Args:
+        source: a preset's name, or a YAML file that may extend one.
+        overrides: `section.key=value` each, values as in YAML.
+
+    Raises:
+        NotFoundError: there is no such preset or file.
+        UsageError: a field is unknown, missing or wrong.
+    """
+    path = _find(str(source))
+    content = _merged(path, ())
+    for override in overrides:
+        _override(content, override)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(_sentence(error, path)) from None
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested mappings with its dotted name."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(cast(Mapping[str, Any], value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _find(source: str) -> Path:
+    packaged = PRESETS / f"{source}.yaml"
+    if packaged.is_file():
+        return packaged
+    path = Path(source).expanduser().absolute()
+    if path.is_file():
+        return path
+    if path.suffix in {".yaml", ".yml"}:
+        raise NotFoundError(f"There is no config file {source}; name a file that exists or a preset.")
+    raise NotFoundError(f"There is no preset {source!r}; presets are {', '.join(preset_names())}, or name a YAML file.")
+
+
+def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's content laid over what it extends."""
+    if path in above:
+        raise UsageError(f"{path} extends itself; remove one `extends`.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold fields, such as `extends: nano`.")
+    fields = cast(dict[str, Any], content)
+    parent = fields.pop("extends", None)
+    if parent is None:
+        return fields
+    beside = path.parent / str(parent)
+    base = _merged(beside if beside.is_file() else _find(str(parent)), (*above, path))
+    return _overlaid(base, fields)
+
+
+def _overlaid(base: dict[Any, Any], top: dict[Any, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in top.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = _overlaid(cast(Any, old), cast(Any, value)) if both else value
+    return result
+
+
+def _override(content: dict[Any, Any], override: str) -> None:
+    """Apply one `section.key=value` in place."""
+    name, separator, text = override.partition("=")
+    if not separator or not name.strip():
+        raise UsageError(f"--set {override} is not of the form section.key=value.")
+    *sections, last = name.strip().split(".")
+    place = content
+    for section in sections:
+        key = int(section) if section.isdecimal() else section
+        inner = place.get(key)
+        # A copy: what a file extends may be shared.
+        place[key] = dict(cast(dict[Any, Any], inner)) if isinstance(inner, dict) else {}
+        place = place[key]
+    try:
+        place[int(last) if last.isdecimal() else last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {override}: the value is not YAML.") from None
+
+
+def _sentence(error: ValidationError, path: Path) -> str:
+    """The first thing that is wrong, in one sentence that names the field."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"] if part != "[key]"]
+    field = ".".join(location) or "the config"
+    kind = first["type"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument", "unexpected_property"):
+        near = difflib.get_close_matches(location[-1], _known_fields(location[:-1]), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "remove it."
+        return f"{path.name}: there is no field {field}; {hint}"
+    if kind == "missing":
+        return f"{path.name}: the field {field} is missing; give it a value."
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return f"{path.name}: {message}."
+    return f"{path.name}: {field} is {first['input']!r}: {message[:1].lower()}{message[1:]}."
+
+
+def _known_fields(section: Sequence[str]) -> list[str]:
+    """Names of the fields that a section may have."""
+    kind: Any = RunConfig
+    for part in section:
+        # Of a mapping, the type of its values.
+        kind = get_type_hints(kind).get(part) if isinstance(kind, type) else (get_args(kind) or (None,))[-1]
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return list(kind.model_fields)
+    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def _resolve_source(field: str, source: str) -> str:
+    if source.startswith(_PACKAGE):
+        folder = PRESETS / source.removeprefix(_PACKAGE)
+    else:
+        folder = Path(source).expanduser().absolute()
+        # "owner/name" is a hub id, unless it is a folder here.
+        is_hub_id = not source.startswith((".", "/", "~")) and source.count("/") <= 1
+        if is_hub_id and not folder.is_dir():
+            return source
+    if not folder.is_dir():
+        raise NotFoundError(f"{field} is {source}, and there is no folder {folder}; make it or name another source.")
+    return str(folder)
+
+
+def _sha256(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,112 @@
+"""InsightEdit as a training task: the model, its batches, its validation pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoProcessor
+
+from insightedit.model.configuration import ModelConfig
+from insightedit.model.encoders import to_pixels
+from insightedit.model.insightedit import InsightEditModel, build_pipeline
+from insightedit.model.prompts import PromptEncoder
+from insightedit.model.stages import STAGES
+from insightedit.platform.config import DatasetConfig
+from insightedit.platform.datasets import reader_named
+from insightedit.platform.encoding import pictures_of
+from insightedit.platform.errors import InsightEditError
+from insightedit.platform.records import Record, decode_image
+from insightedit.platform.shards import Table, features_of
+from insightedit.platform.streams import Arrays, Collate
+
+_NEED_TARGET = frozenset({"L_IAA", "L_diff1", "L_diff2"})
+_GAP = 2
+_PICTURE_SIDE = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EditingTask:
+    """See `insightedit.platform.tasks.TrainingTask`."""
+
+    key: str
+    model: ModelConfig
+    """With sources resolved."""
+    encoders: str
+    """Fingerprint of the encoders that the shards' features come from."""
+    validation: DatasetConfig | None
+
+    def build_model(self) -> nn.Module:
+        """The untrained model.
+
+        Raises:
+            InsightEditError: the shards were encoded by other encoders than the model's.
+        """
+        pipeline = build_pipeline(self.model)
+        if pipeline.encoders.fingerprint() != self.encoders:
+            raise InsightEditError("The shards come from other encoders than the model's; prepare the data again.")
+        return InsightEditModel(pipeline, self.model.lora)
+
+    def make_collate(self) -> Collate:
+        """Rows of prepared shards to a model's inputs."""
+        processor = AutoProcessor.from_pretrained(self.model.sources.mllm)
+        prompts = PromptEncoder(processor, self.model.num_mm_tokens, self.model.prompt_length)
+
+        def collate(table: Table) -> Arrays:
+            images = _image_inputs(prompts, pictures_of(table.column("source")))
+            inputs = {**prompts.encode_text(table.column("instruction").to_pylist(), cut=True), **images}
+            return {**features_of(table), **{name: tensor.numpy() for name, tensor in inputs.items()}}
+
+        return collate
+
+    def loss_weights(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
+        """Losses that need a target image count only the samples that have one."""
+        edits = batch["diffusion_weight"]
+        every = torch.ones_like(edits)
+        return {name: edits if name in _NEED_TARGET else every for name in STAGES[stage].losses}
+
+    def diagnostics(self, model: nn.Module) -> dict[str, float]:
+        """The variance between the Q-Former's queries, which falls to 0 when they collapse."""
+        return {"query_variance": float(cast(InsightEditModel, model).query_variance)}
+
+    def pictures(self, model: nn.Module, stage: int) -> dict[str, Image.Image]:
+        """One sheet of validation edits: source, edit and target side by side. Stage 1 has trained no edits yet."""
+        if self.validation is None or stage == 1:
+            return {}
+        reader = reader_named(self.validation.reader)
+        records = list(reader.records(self.validation.options))
+        pipeline: Any = cast(InsightEditModel, model).pipeline(image_branch=stage == 3)
+        sources = [_picture(record.source) for record in records]
+        generators = [torch.Generator().manual_seed(number) for number in range(len(records))]
+        instructions = [record.instruction for record in records]
+        edits: list[Image.Image] = pipeline(instructions, sources, generator=generators).images
+        return {"edits": _sheet(records, sources, edits)}
+
+
+def _image_inputs(prompts: PromptEncoder, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+    """The language model's image inputs; pictures of different sizes are prepared one by one."""
+    if len({picture.size for picture in pictures}) == 1:
+        return prompts.encode_images(to_pixels(pictures))
+    rows = [prompts.encode_images(to_pixels([picture])) for picture in pictures]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _picture(data: bytes | None) -> Image.Image:
+    if data is None:
+        raise InsightEditError("A validation edit lacks a picture; name a dataset of edits in data.validation.")
+    return Image.fromarray(decode_image(data))
+
+
+def _sheet(records: Sequence[Record], sources: Sequence[Image.Image], edits: Sequence[Image.Image]) -> Image.Image:
+    """A row of source, edit and target for each record."""
+    side = _PICTURE_SIDE
+    sheet = Image.new("RGB", (3 * (side + _GAP) - _GAP, len(records) * (side + _GAP) - _GAP), "white")
+    for row, (record, source, edit) in enumerate(zip(records, sources, edits, strict=True)):
+        for column, picture in enumerate((source, edit, _picture(record.target))):
+            scaled = picture.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(scaled, (column * (side + _GAP), row * (side + _GAP)))
+    return sheet

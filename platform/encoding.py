@@ -1,0 +1,115 @@
+"""Features of the frozen encoders for records, computed once and ahead of training."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPTextModel, CLIPVisionModelWithProjection
+
+from insightedit.model.configuration import SourcesConfig
+from insightedit.model.encoders import FrozenEncoders, to_pixels
+from insightedit.platform.shards import Table, add_features
+
+_IMAGES = 64
+_TEXTS = 256
+
+
+def load_encoders(sources: SourcesConfig) -> FrozenEncoders:
+    """The frozen encoders of a model's sources, in float32."""
+    diffusion, clip = sources.diffusion, sources.image_encoder
+    float32: Any = {"dtype": torch.float32}
+    return FrozenEncoders(
+        vae=AutoencoderKL.from_pretrained(diffusion, subfolder="vae", torch_dtype=torch.float32),
+        text_encoder=CLIPTextModel.from_pretrained(diffusion, subfolder="text_encoder", **float32),
+        tokenizer=AutoTokenizer.from_pretrained(diffusion, subfolder="tokenizer"),
+        image_encoder=CLIPVisionModelWithProjection.from_pretrained(clip, **float32),
+        image_processor=AutoImageProcessor.from_pretrained(clip),
+    )
+
+
+def pictures_of(column: Any) -> list[Image.Image]:
+    """The pictures of a column of encoded files."""
+    return [Image.open(io.BytesIO(data)).convert("RGB") for data in column.to_pylist()]
+
+
+class RecordEncoder:
+    """Adds to a table of records what training needs of its pictures and texts.
+
+    `clip_patches` and `source_embeds` of the source; `source_latents`, the mode of the VAE's posterior; `target_embeds`
+    and `target_moments` of the target; `text_states` of the instruction or caption; and `diffusion_weight`, which is 0
+    where there is no target, and the source stands in for it. Features are kept in half precision.
+    """
+
+    def __init__(self, sources: SourcesConfig, resolution: int, threads: int = 1) -> None:
+        """Load the encoders.
+
+        Args:
+            sources: of the model.
+            resolution: side in pixels of the squares that the VAE encodes.
+            threads: of torch.
+        """
+        torch.set_num_threads(threads)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoders = load_encoders(sources)
+        self.fingerprint = encoders.fingerprint()
+        self._encoders = encoders.to(self._device)
+        self._resolution = resolution
+
+    def __call__(self, table: Table) -> Table:
+        """Encode the records of a table."""
+        sources, targets = table.column("source"), table.column("target")
+        # Records often share pictures: each is encoded once.
+        files: list[bytes] = [*sources.to_pylist(), *filter(None, targets.to_pylist())]
+        distinct = list(dict.fromkeys(files))
+        place = {data: number for number, data in enumerate(distinct)}
+        source = np.array([place[data] for data in sources.to_pylist()])
+        pairs = zip(targets.to_pylist(), sources.to_pylist(), strict=True)
+        target = np.array([place[data or own] for data, own in pairs])
+        patches, embeds, moments = self._encode_images(pictures_of(pa.chunked_array([distinct])))
+        features = {
+            "clip_patches": patches[source],
+            "source_embeds": embeds[source],
+            "source_latents": moments[source][:, : moments.shape[1] // 2],
+            "target_embeds": embeds[target],
+            "target_moments": moments[target],
+            "text_states": self._encode_texts(table.column("instruction").to_pylist()),
+            "diffusion_weight": np.array([data is not None for data in targets.to_pylist()], np.float32),
+        }
+        return add_features(table, features)
+
+    def _encode_images(self, pictures: Sequence[Image.Image]) -> list[NDArray[Any]]:
+        """Patches, embeddings and moments."""
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        side = self._resolution
+        for some in _runs(pictures, _IMAGES):
+            features = self._encoders.encode_images(to_pixels(some))
+            squares = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in some]
+            parts.append((features.patches, features.embeds, self._encoders.encode_latents(to_pixels(squares))))
+        return [_half(torch.cat(column)) for column in zip(*parts, strict=True)]
+
+    def _encode_texts(self, texts: Sequence[str]) -> NDArray[Any]:
+        starts = range(0, len(texts), _TEXTS)
+        return _half(torch.cat([self._encoders.encode_text(texts[start : start + _TEXTS]) for start in starts]))
+
+
+def _runs(pictures: Sequence[Image.Image], size: int) -> list[list[Image.Image]]:
+    """Pictures in batches of one shape, in their order."""
+    runs: list[list[Image.Image]] = []
+    for picture in pictures:
+        if not runs or len(runs[-1]) == size or runs[-1][0].size != picture.size:
+            runs.append([])
+        runs[-1].append(picture)
+    return runs
+
+
+def _half(tensor: Tensor) -> NDArray[Any]:
+    return tensor.half().cpu().numpy()

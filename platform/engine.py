@@ -1,0 +1,197 @@
+"""DeepSpeed's engine for one stage: ZeRO, accumulation and clipping, around a loss over the whole global batch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import deepspeed
+import deepspeed.ops
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from insightedit.model.losses import LossTerm
+from insightedit.platform.config import StageConfig
+from insightedit.platform.errors import InsightEditError
+
+_TAG = "state"
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Its shared-memory collectives want a compiler on every machine and train no faster; gloo is as good.
+cast(dict[str, bool], deepspeed.ops.__compatible_ops__)["deepspeed_shm_comm"] = False
+
+
+class StageLosses(nn.Module):
+    """A model with its stage's weighted losses: what DeepSpeed wraps."""
+
+    def __init__(self, model: nn.Module, stage: int, config: StageConfig, names: Sequence[str], scale: float) -> None:
+        """Wrap a model.
+
+        Args:
+            model: has `forward(batch, stage)`, which returns a `LossTerm` for each loss.
+            stage: its number.
+            config: precision and the losses' weights.
+            names: the losses, in the order of all vectors here.
+            scale: undoes the mean that DeepSpeed takes over ranks and micro-batches.
+        """
+        super().__init__()
+        self.model = model
+        self._stage = stage
+        self._names = tuple(names)
+        self._scale = scale
+        self._bf16 = config.precision == "bf16"
+        self._loss_weights = [config.losses[name] for name in names]
+
+    def forward(self, batch: Mapping[str, Tensor], totals: Tensor) -> tuple[Tensor, Tensor]:
+        """This micro-batch's part of the global batch's loss.
+
+        With l_i and w_i the values and weights of one loss over all samples i of the global batch, the loss is the sum
+        over losses of weight * sum_i(w_i l_i) / sum_i(w_i).
+
+        Args:
+            batch: one micro-batch.
+            totals: (T,) sum of the samples' weights over the global batch, for each loss.
+
+        Returns:
+            The loss to differentiate, and sums (2, T) of w_i l_i and of w_i over the micro-batch.
+        """
+        with torch.autocast(totals.device.type, torch.bfloat16, enabled=self._bf16):
+            terms = cast(Mapping[str, LossTerm], self.model(batch, self._stage))
+        sums = torch.stack([(terms[name].values.float() * terms[name].weights).sum() for name in self._names])
+        counts = torch.stack([terms[name].weights.float().sum() for name in self._names])
+        # A loss that no sample of the global batch has is 0, not 0 / 0.
+        means = sums / torch.where(totals > 0, totals, torch.ones_like(totals))
+        loss = (means * totals.new_tensor(self._loss_weights)).sum() * self._scale
+        return loss, torch.stack([sums.detach(), counts])
+
+
+def start_engine(
+    losses: StageLosses, config: StageConfig, *, micro_batch: int, accumulation: int, device: torch.device
+) -> Any:
+    """Give a stage's model to DeepSpeed; `torch.distributed` is up already."""
+    settings = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.clip,
+        "zero_optimization": _zero_settings(config.zero, device),
+        "steps_per_print": 2**31,
+    }
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(losses, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=fused
+    )
+    initialize = cast(Any, deepspeed).initialize
+    return initialize(model=losses, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+
+
+def _zero_settings(stage: int, device: torch.device) -> dict[str, Any]:
+    settings: dict[str, Any] = {"stage": stage, "overlap_comm": device.type == "cuda"}
+    if stage == 2 and device.type == "cpu":
+        # Copying every gradient into one buffer first costs a third of a small model's step on a CPU.
+        settings["contiguous_gradients"] = False
+    return settings
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay is for matrices; biases, norms and single vectors have none."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not weight_decay:
+        return [{"params": trained, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(config: StageConfig, step: int) -> float:
+    """The learning rate of a step (from 0): a linear rise, then the schedule down to its end."""
+    warmup = math.ceil(config.warmup * config.steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(config.steps - warmup, 1)
+    shape = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[config.schedule]
+    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * shape)
+
+
+def set_learning_rate(engine: Any, value: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's whole shape; ZeRO-3 leaves an empty tensor in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def gathered_weights(model: nn.Module, rank: int) -> dict[str, Tensor]:
+    """Whole values of the parameters that train, on the CPU of rank 0; empty elsewhere. Every rank must call this."""
+    weights: dict[str, Tensor] = {}
+    for name, parameter in trained_parameters(model).items():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if rank == 0:
+                weights[name] = parameter.detach().cpu().clone()
+    return weights
+
+
+def save_state(engine: Any, folder: Path, rank: int) -> None:
+    """Write this rank's part of weights, optimiser and random states. Every rank must call this."""
+    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+    torch.save(_random_state(), folder / f"random-{rank}.pt")
+
+
+def load_state(engine: Any, folder: Path, rank: int) -> None:
+    """Restore what `save_state` wrote, from a folder that was verified.
+
+    Raises:
+        InsightEditError: it lacks a parameter that trains, or has one that the model does not.
+    """
+    loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG, custom_load_fn=_load_module)
+    if loaded is None:
+        raise InsightEditError(f"DeepSpeed found no checkpoint in {folder}; delete it.")
+    _restore_random_state(torch.load(folder / f"random-{rank}.pt", weights_only=True))
+
+
+def _load_module(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    """Load a module's state that leaves frozen parameters out, and check what DeepSpeed would not."""
+    trained = trained_parameters(dst)
+    if missing := trained.keys() - src.keys():
+        raise InsightEditError(f"The checkpoint lacks the parameter {sorted(missing)[0]}; delete it.")
+    if any(hasattr(parameter, "ds_id") for parameter in trained.values()):
+        # With ZeRO-3 the weights are in the optimiser's partitions.
+        return
+    if unknown := dst.load_state_dict(src, strict=False).unexpected_keys:
+        raise InsightEditError(f"The checkpoint has a parameter {unknown[0]} that the model has not; delete it.")
+
+
+def _random_state() -> dict[str, Any]:
+    _, key, position, has_gauss, gauss = cast(Any, np.random.get_state(legacy=True))  # noqa: NPY002 - others' global state
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(key.astype(np.int64)), position, has_gauss, gauss),
+    }
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    for device, one in enumerate(state["cuda"]):
+        torch.cuda.set_rng_state(one, device)
+    random.setstate(state["python"])
+    key, *rest = state["numpy"]
+    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *rest))  # noqa: NPY002 - others' global state

@@ -1,0 +1,205 @@
+"""The training loop: one for every stage and every model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from insightedit.platform.config import StageConfig
+from insightedit.platform.engine import learning_rate, set_learning_rate
+from insightedit.platform.errors import InsightEditError
+from insightedit.platform.mixtures import step_positions
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How a global batch is spread."""
+
+    rank: int
+    world: int
+    micro_batch: int
+    accumulation: int
+    device: torch.device
+
+
+@dataclass(slots=True)
+class Meter:
+    """Sums over the steps since the last point of the curves."""
+
+    sums: Tensor
+    """(2, T) of w_i l_i and w_i, of this rank."""
+    totals: Tensor
+    """(T,) of w_i, of all ranks."""
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    norms: list[float] = field(default_factory=list[float])
+
+    @classmethod
+    def start(cls, losses: int, device: torch.device) -> Meter:
+        """An empty meter for a number of losses."""
+        return cls(torch.zeros(2, losses, device=device), torch.zeros(losses, device=device))
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One point of a stage's curves: means over the steps since the one before."""
+
+    step: int
+    losses: dict[str, float]
+    """Of the global batches, by their names in the seed."""
+    figures: dict[str, float]
+    """`gradient_norm`, `learning_rate`, `samples_per_second`, `data_wait_seconds`, `data_wait_share`."""
+    seconds: float
+    """Of training alone."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Curve:
+    """What is kept of a stage's curves."""
+
+    first: dict[str, float] = field(default_factory=dict[str, float])
+    """The first point of each loss."""
+    last: dict[str, float] = field(default_factory=dict[str, float])
+    """The last point of each loss."""
+    samples: float = 0.0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    @classmethod
+    def read(cls, path: Path) -> Curve:
+        """The curve of a stage that goes on, or an empty one."""
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls()
+
+    def add(self, point: Point) -> None:
+        """Add a point."""
+        self.first = point.losses | self.first
+        self.last = self.last | point.losses
+        self.seconds += point.seconds
+        self.samples += point.figures["samples_per_second"] * point.seconds
+        self.waited += point.figures["data_wait_seconds"]
+
+    def figures(self) -> dict[str, float]:
+        """Means over the stage."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "seconds": self.seconds,
+            "samples_per_second": self.samples / seconds,
+            "data_wait_share": self.waited / seconds,
+        }
+
+
+class StageLoop:
+    """Runs one stage's steps."""
+
+    def __init__(
+        self,
+        engine: Any,
+        config: StageConfig,
+        names: Sequence[str],
+        layout: Layout,
+        arrays: Iterator[Mapping[str, NDArray[Any]]],
+        count: Callable[[Batch], dict[str, Tensor]],
+    ) -> None:
+        """Prepare a loop.
+
+        Args:
+            engine: DeepSpeed's, around `StageLosses`.
+            config: of the stage.
+            names: the stage's losses, in the engine's order.
+            layout: how the global batch is spread.
+            arrays: this rank's micro-batches, with `position`.
+            count: the samples' weights (B,) in each loss.
+        """
+        self._engine = engine
+        self._config = config
+        self._names = list(names)
+        self._layout = layout
+        self._arrays = arrays
+        self._count = count
+        self._meter = Meter.start(len(self._names), layout.device)
+
+    def step(self, step: int) -> None:
+        """One optimiser step.
+
+        Raises:
+            InsightEditError: training diverged.
+        """
+        began = time.perf_counter()
+        window = self._window(step)
+        self._meter.waited += time.perf_counter() - began
+        totals = self._totals(window)
+        set_learning_rate(self._engine, learning_rate(self._config, step))
+        for batch in window:
+            loss, sums = self._engine(batch, totals)
+            self._engine.backward(loss)
+            self._engine.step()
+            self._meter.sums += sums
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        if not np.isfinite(norm):
+            raise InsightEditError(
+                f"Training diverged at step {step}: the gradients' norm is {norm}; lower the stage's learning_rate."
+            )
+        self._meter.totals += totals
+        self._meter.norms.append(norm)
+        self._meter.steps += 1
+        self._meter.seconds += time.perf_counter() - began
+
+    def point(self, step: int) -> Point:
+        """The means since the last point. Every rank must call this."""
+        meter, self._meter = self._meter, Meter.start(len(self._names), self._layout.device)
+        if self._layout.world > 1:
+            dist.all_reduce(meter.sums)
+        if not torch.allclose(meter.sums[1], meter.totals):
+            raise InsightEditError("The model weighs samples otherwise than its task's loss_weights; make them agree.")
+        # A loss that no sample had is left out of the curve.
+        sums = zip(self._names, meter.sums[0].tolist(), meter.totals.tolist(), strict=True)
+        losses = {name: value / total for name, value, total in sums if total}
+        figures = {
+            "gradient_norm": sum(meter.norms) / meter.steps,
+            "learning_rate": learning_rate(self._config, step - 1),
+            "samples_per_second": meter.steps * self._config.global_batch / meter.seconds,
+            "data_wait_seconds": meter.waited,
+            "data_wait_share": meter.waited / meter.seconds,
+        }
+        return Point(step, losses, figures, meter.seconds)
+
+    def _window(self, step: int) -> list[Batch]:
+        """The micro-batches of a step."""
+        layout = self._layout
+        expected = step_positions(
+            step, global_batch=self._config.global_batch, world=layout.world, rank=layout.rank
+        ).reshape(layout.accumulation, layout.micro_batch)
+        window: list[Batch] = []
+        for positions in expected:
+            arrays = dict(next(self._arrays, {"position": positions[:0]}))
+            if not np.array_equal(arrays.pop("position"), positions):
+                raise InsightEditError(f"The data stream is not where step {step} is; start the run again.")
+            window.append({name: _tensor(array, layout.device) for name, array in arrays.items()})
+        return window
+
+    def _totals(self, window: Sequence[Batch]) -> Tensor:
+        """(T,) the samples' weights summed over the global batch."""
+        counts = [self._count(batch) for batch in window]
+        totals = torch.stack([torch.cat([count[name].float() for count in counts]).sum() for name in self._names])
+        if self._layout.world > 1:
+            dist.all_reduce(totals)
+        return totals
+
+
+def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on the device; features are kept in half precision and used in single."""
+    tensor = torch.from_numpy(np.array(array))
+    return tensor.to(device, torch.float32 if tensor.dtype == torch.float16 else None)

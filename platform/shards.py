@@ -1,0 +1,177 @@
+"""Prepared datasets: folders of Parquet shards with records, and features of the frozen encoders beside them.
+
+A folder is written under a temporary name and renamed when it is whole. Its manifest says what it was made from, so
+that shards of other settings, other encoders or another version of a dataset are refused instead of trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from insightedit.platform.errors import InsightEditError, NotFoundError
+
+Table = Any
+"""A table of pyarrow, which has no types."""
+MANIFEST_NAME = "MANIFEST.json"
+_SHAPE = b"shape"
+_TYPE = b"dtype"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file: its name, rows, bytes and sha256 in hex."""
+
+    file: str
+    rows: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardManifest:
+    """What a prepared dataset holds, and what it was made from."""
+
+    dataset: str
+    source: str
+    """Fingerprint of the dataset and of the options it was read with."""
+    encoders: str
+    """Fingerprint of the frozen encoders; empty where nothing was encoded ahead."""
+    resolution: int
+    """Side in pixels of the encoded squares."""
+    shards: tuple[Shard, ...]
+    quarantined: int
+    """Bad rows, listed in `quarantine.jsonl`."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 over everything: two datasets with the same hold the same bytes."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def read(cls, folder: Path) -> ShardManifest:
+        """Read a prepared dataset's manifest.
+
+        Raises:
+            NotFoundError: there is none.
+            InsightEditError: it is not one.
+        """
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            raise NotFoundError(f"There are no prepared shards in {folder}; run `insightedit data prepare`.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
+            return cls(**content)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InsightEditError(f"{path} is not a readable manifest ({error}); prepare the dataset again.") from None
+
+    def write(self, folder: Path) -> None:
+        """Write `MANIFEST.json`; the last file of a folder."""
+        (folder / MANIFEST_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def check_files(self, folder: Path) -> None:
+        """Check that every shard is there in its size.
+
+        Raises:
+            InsightEditError: one is not.
+        """
+        for shard in self.shards:
+            path = folder / shard.file
+            if not path.is_file() or path.stat().st_size != shard.size:
+                raise InsightEditError(f"{path} is missing or torn; delete {folder} and prepare the dataset again.")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """A prepared dataset's folder with its manifest."""
+
+    folder: Path
+    manifest: ShardManifest
+
+    @classmethod
+    def open(cls, folder: Path) -> PreparedData:
+        """Open a prepared dataset.
+
+        Raises:
+            NotFoundError: there is none.
+            InsightEditError: it is damaged.
+        """
+        manifest = ShardManifest.read(folder)
+        manifest.check_files(folder)
+        return cls(folder, manifest)
+
+    @property
+    def shard_rows(self) -> list[int]:
+        """Rows of each shard."""
+        return [shard.rows for shard in self.manifest.shards]
+
+    def read(self, shard: int) -> Table:
+        """One shard, kept in memory for the next call."""
+        entry = self.manifest.shards[shard]
+        return _read_shard(str(self.folder / entry.file), entry.sha256)
+
+
+@lru_cache(maxsize=64)
+def _read_shard(path: str, sha256: str) -> Table:
+    # The sha256 is checked once a process reads the shard, and is part of the key: a shard made anew is read anew.
+    data = Path(path).read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise InsightEditError(f"{path} differs from its manifest; delete its folder and prepare the dataset again.")
+    return pq.read_table(pa.BufferReader(data)).combine_chunks()
+
+
+def add_features(table: Table, features: Mapping[str, NDArray[Any]]) -> Table:
+    """Add arrays (B, ...) as columns of fixed-size bytes; shape and type are kept in the column's metadata."""
+    for name, array in features.items():
+        width = array[0].nbytes
+        flat = pa.py_buffer(np.ascontiguousarray(array))
+        column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, flat])
+        metadata = {_SHAPE: json.dumps(array.shape[1:]), _TYPE: str(array.dtype)}
+        table = table.append_column(pa.field(name, pa.binary(width), metadata=metadata), column)
+    return table
+
+
+def feature_names(schema: Any) -> list[str]:
+    """The columns that `add_features` added."""
+    return [field.name for field in schema if field.metadata and _SHAPE in field.metadata]
+
+
+def features_of(table: Table) -> dict[str, NDArray[Any]]:
+    """The arrays (B, ...) that `add_features` added, as views of the table."""
+    result: dict[str, NDArray[Any]] = {}
+    for name in feature_names(table.schema):
+        metadata = cast(dict[bytes, bytes], table.schema.field(name).metadata)
+        column = table.column(name).combine_chunks()
+        chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+        dtype = np.dtype(metadata[_TYPE].decode())
+        shape = (len(chunk), *json.loads(metadata[_SHAPE]))
+        flat = np.frombuffer(chunk.buffers()[1], dtype)
+        start = chunk.offset * chunk.type.byte_width // dtype.itemsize
+        result[name] = flat[start : start + int(np.prod(shape))].reshape(shape)
+    return result
+
+
+def write_shard(table: Table, path: Path) -> Shard:
+    """Write one shard. Features are stored as they are: floating-point noise does not get smaller."""
+    features = set(feature_names(table.schema))
+    columns = [name for name in table.column_names if name not in features]
+    compression: Any = {name: "zstd" if name in columns else "none" for name in table.column_names}
+    pq.write_table(table, path, compression=compression, use_dictionary=cast(Any, columns), row_group_size=len(table))
+    data = path.read_bytes()
+    return Shard(path.name, len(table), len(data), hashlib.sha256(data).hexdigest())

@@ -1,0 +1,178 @@
+"""A stage's samples as a Ray Data stream: exact, resumable, the same for any number of workers.
+
+Block (j, r) holds the samples of rank r for a few consecutive optimiser steps, so after any step exactly the positions
+before it were consumed, and a restart begins at a step without reading what lies before. Order is kept, every block
+pair (j, 0), (j, 1), ... has equally many rows, and so the streaming split gives each rank its own blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from numpy.typing import NDArray
+from ray.data import DataIterator, Dataset, Datasource
+from ray.data.block import BlockAccessor, BlockMetadata
+from ray.data.datasource import ReadTask
+from ray.train import DataConfig
+
+from insightedit.platform.mixtures import Mixture, step_positions
+from insightedit.platform.shards import PreparedData, Table
+
+Arrays = dict[str, NDArray[Any]]
+Collate = Callable[[Table], Arrays]
+"""Turns rows of records and features into arrays (B, ...), a batch's inputs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageStream:
+    """All that a data task needs to make a stage's batches."""
+
+    key: str
+    """Names the collate function: a process builds it once for each key."""
+    make_collate: Callable[[], Collate]
+    datasets: Mapping[str, tuple[float, Path]]
+    """Weight and prepared folder of each dataset."""
+    seed: int
+    stage: int
+    steps: int
+    global_batch: int
+    steps_per_block: int
+    shuffle_shards: int
+    tasks: int
+    """Data tasks that run at a time."""
+    cpus: float
+    """CPUs that Ray sets aside for each data task."""
+
+    def mixture(self) -> tuple[Mixture, list[PreparedData]]:
+        """The order of rows, and where they are."""
+        opened = {name: PreparedData.open(folder) for name, (_, folder) in self.datasets.items()}
+        rows = {name: (self.datasets[name][0], data.shard_rows) for name, data in opened.items()}
+        mixture = Mixture(rows, seed=self.seed, stage=self.stage, window=self.shuffle_shards)
+        return mixture, list(opened.values())
+
+    def block(self, first_step: int, rank: int, world: int) -> Arrays:
+        """The samples of one rank for the steps of one block, collated."""
+        steps = range(first_step, min(first_step + self.steps_per_block, self.steps))
+        shape = {"global_batch": self.global_batch, "world": world, "rank": rank}
+        positions = np.concatenate([step_positions(step, **shape) for step in steps])
+        mixture, data = self.mixture()
+        rows = mixture.rows(positions)
+        table = _gathered(data, rows.dataset, rows.shard, rows.row)
+        return {**_collate(self.key, self.make_collate)(table), "seed": rows.seed, "position": positions}
+
+
+_COLLATES: dict[str, Collate] = {}
+
+
+def _collate(key: str, make: Callable[[], Collate]) -> Collate:
+    """This process's collate function; building it loads a tokenizer and more."""
+    if key not in _COLLATES:
+        _COLLATES.clear()
+        _COLLATES[key] = make()
+    return _COLLATES[key]
+
+
+def _gathered(
+    data: list[PreparedData], dataset: NDArray[np.int64], shard: NDArray[np.int64], row: NDArray[np.int64]
+) -> Table:
+    """Rows of several shards as one table, in the order they are asked for."""
+    places = np.stack([dataset, shard], axis=1)
+    sources, which = np.unique(places, axis=0, return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    parts = [
+        data[int(d)].read(int(s)).take(pa.array(row[order[which[order] == number]]))
+        for number, (d, s) in enumerate(sources)
+    ]
+    together = pa.concat_tables(parts) if len(parts) > 1 else parts[0]
+    return together.take(pa.array(np.argsort(order))).combine_chunks()
+
+
+class _BlockSource(Datasource):
+    """A stage's blocks from a step on, one task each."""
+
+    def __init__(self, stream: StageStream, start_step: int, world: int) -> None:
+        super().__init__()
+        firsts = range(start_step, stream.steps, stream.steps_per_block)
+        self.blocks = [(first, rank) for first in firsts for rank in range(world)]
+        self._stream = stream
+        self._world = world
+
+    def get_name(self) -> str:
+        return f"Stage{self._stream.stage}"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
+        rows = self._stream.steps_per_block * self._stream.global_batch // self._world
+        metadata = BlockMetadata(num_rows=rows, size_bytes=None, input_files=None, exec_stats=None)
+        return [
+            ReadTask(functools.partial(_read_block, self._stream, first, rank, self._world), metadata)
+            for first, rank in self.blocks
+        ]
+
+
+def _read_block(stream: StageStream, first_step: int, rank: int, world: int) -> list[Any]:
+    arrays = stream.block(first_step, rank, world)
+    return [BlockAccessor.batch_to_arrow_block(cast(Any, arrays))]
+
+
+def stream_dataset(stream: StageStream, start_step: int, world: int) -> Dataset:
+    """The stage's samples from a step on, blocks of the ranks in turn."""
+    source = _BlockSource(stream, start_step, world)
+    dataset = ray.data.read_datasource(
+        source, override_num_blocks=len(source.blocks), concurrency=stream.tasks, num_cpus=stream.cpus
+    )
+    dataset.set_name(f"stage-{stream.stage}")
+    # Order makes the split exact. A block must stay whole, whatever its size.
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.target_max_block_size = None
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+    return dataset
+
+
+class StageStreams(DataConfig):
+    """Gives Ray Train each stage's stream, split for the workers there are, from the step they resume at."""
+
+    def __init__(self, streams: Mapping[str, StageStream], starts: Path) -> None:
+        """Describe the streams.
+
+        Args:
+            streams: by the name that workers ask for.
+            starts: the file in which rank 0 says at which step each stage resumes (`write_start`).
+        """
+        super().__init__()
+        self._streams = dict(streams)
+        self._starts = starts
+
+    def placeholders(self) -> dict[str, Any]:
+        """What Ray Train is told as its datasets: only the names matter."""
+        return {name: ray.data.range(1) for name in self._streams}
+
+    def configure(
+        self, datasets: dict[str, Dataset], world_size: int, *_: Any, **__: Any
+    ) -> list[dict[str, DataIterator]]:
+        """Build and split the streams; called once for each stage and start of workers, when rank 0 asks for it."""
+        splits: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
+        starts = json.loads(self._starts.read_text(encoding="utf-8"))
+        for name in datasets:
+            dataset = stream_dataset(self._streams[name], int(starts[name]), world_size)
+            for split, iterator in zip(splits, dataset.streaming_split(world_size, equal=True), strict=True):
+                split[name] = iterator
+        return splits
+
+
+def write_start(starts: Path, name: str, step: int) -> None:
+    """Say at which step a stage resumes, before any worker asks for its stream."""
+    temporary = starts.with_suffix(".tmp")
+    temporary.write_text(json.dumps({name: step}), encoding="utf-8")
+    temporary.replace(starts)

@@ -1,0 +1,296 @@
+"""Training on Ray Train: from prepared shards to the weights of every stage.
+
+The stages run one after the other in one group of workers, each from the weights of the one before. A run has a name
+and a folder. Starting it again under the same name goes on where it was: stages that are done are kept, the one that
+was running resumes from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from insightedit.model.stages import STAGES
+from insightedit.platform.cluster import cause_of
+from insightedit.platform.config import RunConfig
+from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
+from insightedit.platform.manifests import sha256_file
+from insightedit.platform.shards import PreparedData
+from insightedit.platform.streams import StageStream, StageStreams
+from insightedit.platform.tasks import TrainingTask
+from insightedit.platform.tracking import TrackedRun
+from insightedit.platform.workdir import Workdir
+
+WEIGHTS_NAME = "weights.safetensors"
+RESULT_NAME = "stage.json"
+_PROGRESS_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPlan:
+    """All that workers need to train; pickled to them."""
+
+    name: str
+    """Of the run."""
+    workdir: Workdir
+    config: RunConfig
+    task: TrainingTask
+    stages: tuple[int, ...]
+    datasets: Mapping[str, Path]
+    """Prepared folder of each dataset."""
+    tracking: TrackedRun | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run's own folder."""
+        return self.workdir.runs / self.name
+
+    def stage_folder(self, number: int) -> Path:
+        """Where a stage keeps its checkpoints and leaves its weights."""
+        return self.folder / f"stage-{number}"
+
+    @property
+    def starts(self) -> Path:
+        """Where rank 0 says at which step a stage resumes."""
+        return self.folder / "starts.json"
+
+    @property
+    def progress(self) -> Path:
+        """Where rank 0 says how far it is."""
+        return self.folder / "progress.json"
+
+    def stream(self, number: int) -> StageStream:
+        """A stage's samples."""
+        stage, workers = self.config.stages[number], self.config.workers
+        return StageStream(
+            key=self.task.key,
+            make_collate=self.task.make_collate,
+            datasets={name: (weight, self.datasets[name]) for name, weight in stage.datasets.items()},
+            seed=self.config.seed,
+            stage=number,
+            steps=stage.steps,
+            global_batch=stage.global_batch,
+            steps_per_block=workers.steps_per_block,
+            shuffle_shards=self.config.data.shuffle_shards,
+            tasks=workers.data_tasks,
+            cpus=workers.data_cpus,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageResult:
+    """What a finished stage left."""
+
+    stage: int
+    steps: int
+    fingerprint: str
+    """Of the config that its weights depend on."""
+    weights: str
+    """sha256 of its weights file."""
+    first: dict[str, float]
+    """The first point of each loss's curve, by its name in the seed."""
+    last: dict[str, float]
+    """The last point."""
+    figures: dict[str, float]
+    """Means over the stage: `samples_per_second`, `data_wait_share`; and `seconds` of training."""
+
+    @classmethod
+    def read(cls, folder: Path) -> StageResult | None:
+        """The result in a stage's folder; None while the stage is not finished."""
+        path = folder / RESULT_NAME
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run is."""
+
+    stage: int
+    step: int
+    steps: int
+    losses: dict[str, float]
+    samples_per_second: float
+
+
+def train_stages(plan: TrainingPlan, on_progress: Callable[[Progress], None] | None = None) -> list[StageResult]:
+    """Train the plan's stages and wait for them. Ray must be connected.
+
+    Args:
+        plan: what to train.
+        on_progress: called from another thread when there is news.
+
+    Raises:
+        UsageError: the run exists with another config, or a stage that must come before is not finished.
+        InsightEditError: training failed.
+    """
+    todo = [number for number in plan.stages if not _is_done(plan, number)]
+    if todo:
+        if todo[0] > 1:
+            check_start(plan, todo[0])
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        with _watched(plan.progress, on_progress):
+            _fit(plan, todo)
+    return [_result(plan, number) for number in plan.stages]
+
+
+def check_start(plan: TrainingPlan, number: int) -> None:
+    """Check that the stage before is finished, or runs first.
+
+    Raises:
+        UsageError: it is not.
+    """
+    before = number - 1
+    if before not in plan.stages and StageResult.read(plan.stage_folder(before)) is None:
+        raise UsageError(
+            f"Stage {number} starts from stage {before}, which run {plan.name} has not finished; train that first."
+        )
+
+
+def _is_done(plan: TrainingPlan, number: int) -> bool:
+    result = StageResult.read(plan.stage_folder(number))
+    if result is not None and result.fingerprint != plan.config.fingerprint(number):
+        raise UsageError(f"Run {plan.name} finished stage {number} with another config; give the new run another name.")
+    return result is not None
+
+
+def _result(plan: TrainingPlan, number: int) -> StageResult:
+    result = StageResult.read(plan.stage_folder(number))
+    if result is None:
+        raise InsightEditError(f"Training ended without finishing stage {number}; start run {plan.name} again.")
+    return result
+
+
+def _train_worker(settings: Mapping[str, Any]) -> None:
+    # Imported by the workers alone: who starts a training has no use for DeepSpeed.
+    from insightedit.platform.worker import train_worker  # noqa: PLC0415
+
+    train_worker(settings)
+
+
+def _fit(plan: TrainingPlan, stages: list[int]) -> None:
+    """Run the worker group."""
+    streams = StageStreams({f"stage-{number}": plan.stream(number) for number in stages}, plan.starts)
+    workers = plan.config.workers
+    resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"plan": plan, "stages": stages},
+        scaling_config=ScalingConfig(
+            num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=cast(Any, resources)
+        ),
+        run_config=RayRunConfig(
+            name=plan.name,
+            storage_path=str(plan.workdir.root / "ray"),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+        datasets=streams.placeholders(),
+        dataset_config=streams,
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise InsightEditError(f"Training failed: {_cause(error)}") from error
+
+
+def _cause(error: TrainingFailedError) -> str:
+    """What went wrong in the worker that failed first, in one line."""
+    failures = cast(Mapping[int, BaseException], getattr(error, "worker_failures", {}))
+    first = next(iter(failures.values()), error)
+    return cause_of(getattr(first, "_base_exc", first))
+
+
+def stage_weights(plan: TrainingPlan, number: int) -> dict[str, Tensor]:
+    """All that stages 1 to `number` trained, verified.
+
+    Raises:
+        NotFoundError: the stage is not finished.
+        InsightEditError: its file is damaged.
+    """
+    folder = plan.stage_folder(number)
+    result = StageResult.read(folder)
+    if result is None:
+        raise NotFoundError(f"Run {plan.name} has not finished stage {number}; train it first.")
+    path = folder / WEIGHTS_NAME
+    if not path.is_file() or sha256_file(path) != result.weights:
+        raise InsightEditError(f"{path} is damaged; delete {folder} and train stage {number} again.")
+    return load_file(path)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put the weights of earlier stages into a fresh model.
+
+    Raises:
+        InsightEditError: the model has no such parameter.
+    """
+    if unknown := model.load_state_dict(weights, strict=False).unexpected_keys:
+        raise InsightEditError(f"The weights have a parameter {unknown[0]} that the model has not; train again.")
+
+
+def finish_stage(plan: TrainingPlan, weights: Mapping[str, Tensor], result: Mapping[str, Any]) -> None:
+    """Leave a stage's weights and, last, its result."""
+    folder = plan.stage_folder(int(result["stage"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{WEIGHTS_NAME}.tmp"
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    done = StageResult(**result, weights=sha256_file(temporary))
+    temporary.replace(folder / WEIGHTS_NAME)
+    write_json(folder / RESULT_NAME, asdict(done))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file so that readers see the old or the new one, never half of it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def loss_names(number: int) -> tuple[str, ...]:
+    """A stage's losses, in its equation's order."""
+    return STAGES[number].losses
+
+
+def check_prepared(datasets: Mapping[str, Path]) -> dict[str, str]:
+    """Open every prepared dataset; the fingerprint of each by name.
+
+    Raises:
+        NotFoundError: one is not prepared.
+        InsightEditError: one is damaged.
+    """
+    return {name: PreparedData.open(folder).manifest.fingerprint for name, folder in datasets.items()}
+
+
+@contextmanager
+def _watched(path: Path, callback: Callable[[Progress], None] | None) -> Generator[None]:
+    """Report what a file says whenever it changes."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        seen = ""
+        while not stop.wait(_PROGRESS_SECONDS):
+            text = path.read_text(encoding="utf-8") if path.is_file() else ""
+            if callback is not None and text and text != seen:
+                seen = text
+                callback(Progress(**json.loads(text)))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if callback is not None:
+        path.unlink(missing_ok=True)
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if callback is not None:
+            thread.join()

@@ -1,0 +1,317 @@
+"""What each training worker does: build, resume, loop, checkpoint, hand over, stage after stage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from insightedit.platform.checkpoints import (
+    Checkpoint,
+    CheckpointInfo,
+    CheckpointStore,
+    checkpoint_key,
+    file_names,
+    hash_files,
+)
+from insightedit.platform.config import StageConfig
+from insightedit.platform.engine import (
+    StageLosses,
+    gathered_weights,
+    load_state,
+    parameter_shape,
+    save_state,
+    start_engine,
+    trained_parameters,
+)
+from insightedit.platform.errors import UsageError
+from insightedit.platform.loop import Curve, Layout, Point, StageLoop
+from insightedit.platform.mixtures import micro_batch_size
+from insightedit.platform.streams import write_start
+from insightedit.platform.tracking import StageTracker
+from insightedit.platform.trainer import (
+    RESULT_NAME,
+    Progress,
+    TrainingPlan,
+    finish_stage,
+    load_weights,
+    loss_names,
+    stage_weights,
+    write_json,
+)
+
+CURVE_NAME = "curve.json"
+_PREFETCH = 4
+"""Micro-batches that are fetched ahead."""
+
+T = TypeVar("T")
+
+
+def train_worker(settings: Mapping[str, Any]) -> None:
+    """What Ray Train runs in each worker: the plan's stages that are not done yet."""
+    plan: TrainingPlan = settings["plan"]
+    os.environ["OMP_NUM_THREADS"] = str(plan.config.workers.threads)
+    torch.set_num_threads(plan.config.workers.threads)
+    for number in settings["stages"]:
+        # After a restart, earlier stages may be done already. All ranks must see the same.
+        if not _from_first([plan.stage_folder(number).joinpath(RESULT_NAME).is_file()]):
+            StageWorker(plan, number).run()
+
+
+class StageWorker:
+    """One rank's part in one stage."""
+
+    def __init__(self, plan: TrainingPlan, number: int) -> None:
+        self.plan = plan
+        self.number = number
+        self.config: StageConfig = plan.config.stages[number]
+        self.names = loss_names(number)
+        self.layout = _layout(self.config)
+        self.fingerprint = plan.config.fingerprint(number)
+        folder = plan.stage_folder(number)
+        self.store = CheckpointStore(
+            folder / "checkpoints", checkpoint_key(plan.workdir.root), plan.config.checkpoints.keep
+        )
+        self.checkpoint = self._newest_checkpoint()
+        self.start = self.checkpoint.info.step if self.checkpoint else 0
+        # The stream's processes start up while the model is built.
+        self.arrays = _begun(self._arrays())
+        self.model = self._build()
+        self.engine = self._engine()
+        self.curve = Curve.read(folder / CURVE_NAME) if self.checkpoint else Curve()
+        self.tracker = StageTracker(plan.tracking, number) if plan.tracking and self._is_first else None
+
+    @property
+    def _is_first(self) -> bool:
+        return self.layout.rank == 0
+
+    def run(self) -> None:
+        """Train the stage to its end."""
+        with self._tracked():
+            loop = StageLoop(self.engine, self.config, self.names, self.layout, self.arrays, self._count)
+            for step in range(self.start, self.config.steps):
+                loop.step(step)
+                self._after(loop, step + 1)
+            self._finish()
+        self.engine.destroy()
+
+    def _after(self, loop: StageLoop, step: int) -> None:
+        """What is due after a number of steps."""
+        config, last = self.config, step == self.config.steps
+        if last or step % config.log_every == 0:
+            self._log(loop.point(step))
+        if not last and step % config.checkpoint_every == 0:
+            self._save(step)
+        if last or (config.validate_every and step % config.validate_every == 0):
+            self._validate(step)
+
+    # -- beginning ----------------------------------------------------------------------------------------------
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to go on from, the same on every rank."""
+        found: list[Checkpoint | None] = [None]
+        if self._is_first:
+            self.store.clean()
+            found[0] = self.store.newest()
+        return _from_first(found)
+
+    def _arrays(self) -> Iterator[Mapping[str, Any]]:
+        """This rank's micro-batches from the first step on."""
+        name = f"stage-{self.number}"
+        if self._is_first:
+            write_start(self.plan.starts, name, self.start)
+        shard: Any = ray.train.get_dataset_shard(name)
+        size = self.layout.micro_batch
+        return iter(shard.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=_PREFETCH))
+
+    def _build(self) -> nn.Module:
+        """The model as the stage begins: equal on every rank."""
+        torch.manual_seed(self.plan.config.seed)
+        model = self.plan.task.build_model()
+        if self.number > 1:
+            load_weights(model, stage_weights(self.plan, self.number - 1))
+        model.begin_stage(self.number)  # pyright: ignore[reportCallIssue] - see TrainingTask.build_model
+        model.train()
+        # Dropout differs between ranks; everything else that is random follows from the samples' own seeds.
+        seed = np.random.SeedSequence((self.plan.config.seed, self.number, self.layout.rank)).generate_state(1)
+        torch.manual_seed(int(seed[0]))
+        return model.to(self.layout.device)
+
+    def _engine(self) -> Any:
+        """DeepSpeed's engine, in the state of the checkpoint."""
+        layout = self.layout
+        scale = float(layout.world * layout.accumulation)
+        engine = start_engine(
+            StageLosses(self.model, self.number, self.config, self.names, scale),
+            self.config,
+            micro_batch=layout.micro_batch,
+            accumulation=layout.accumulation,
+            device=layout.device,
+        )
+        if self.checkpoint is not None:
+            check_resumable(self.checkpoint.info, self._info(self.start), self.plan.name)
+            load_state(engine, self.checkpoint.folder, layout.rank)
+        return engine
+
+    def _count(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.plan.task.loss_weights(batch, self.number)
+
+    # -- on the way -----------------------------------------------------------------------------------------------
+
+    def _log(self, point: Point) -> None:
+        """Add a point to the curves."""
+        if not self._is_first:
+            return
+        self.curve.add(point)
+        progress = Progress(
+            stage=self.number,
+            step=point.step,
+            steps=self.config.steps,
+            losses=point.losses,
+            samples_per_second=point.figures["samples_per_second"],
+        )
+        write_json(self.plan.progress, asdict(progress))
+        if self.tracker:
+            self.tracker.metrics(
+                point.step, {**point.losses, **point.figures, **self.plan.task.diagnostics(self.model)}
+            )
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint with all ranks."""
+        created = [str(self.store.temporary())] if self._is_first else [""]
+        folder = self.store.folder / _from_first(created).rsplit("/", 1)[-1]
+        save_state(self.engine, folder, self.layout.rank)
+        dist.barrier()
+        # Every rank hashes its share of the files, so that sealing takes no longer with more of them.
+        names = file_names(folder)[self.layout.rank :: self.layout.world]
+        hashed = _gathered(hash_files(folder, names))
+        if self._is_first:
+            write_json(self.plan.stage_folder(self.number) / CURVE_NAME, asdict(self.curve))
+            self.store.commit(
+                folder, self._info(step), {name: entry for part in hashed for name, entry in part.items()}
+            )
+
+    def _info(self, step: int) -> CheckpointInfo:
+        """What a checkpoint of this stage is of."""
+        shapes = {name: parameter_shape(parameter) for name, parameter in trained_parameters(self.model).items()}
+        return CheckpointInfo(
+            stage=self.number,
+            step=step,
+            position=step * self.config.global_batch,
+            world_size=self.layout.world,
+            fingerprint=self.fingerprint,
+            trained=hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),
+        )
+
+    def _validate(self, step: int) -> None:
+        """Make and track pictures of validation edits, leaving the random states as they were."""
+        if not self.tracker or self.config.zero == 3:
+            return
+        devices = [self.layout.device] if self.layout.device.type == "cuda" else []
+        self.model.eval()
+        with torch.random.fork_rng(devices), torch.no_grad():
+            pictures = self.plan.task.pictures(self.model, self.number)
+        self.model.train()
+        self.tracker.pictures(step, pictures)
+
+    # -- the end ----------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Leave the weights of this stage and of those before."""
+        weights = gathered_weights(self.model, self.layout.rank)
+        if self._is_first:
+            before = stage_weights(self.plan, self.number - 1) if self.number > 1 else {}
+            result = {
+                "stage": self.number,
+                "steps": self.config.steps,
+                "fingerprint": self.fingerprint,
+                "first": self.curve.first,
+                "last": self.curve.last,
+                "figures": self.curve.figures(),
+            }
+            finish_stage(self.plan, before | weights, result)
+        dist.barrier()
+
+    @contextmanager
+    def _tracked(self) -> Generator[None]:
+        """End the stage's run in MLflow in any case."""
+        if self.tracker is None:
+            yield
+            return
+        try:
+            yield
+        except BaseException:
+            self.tracker.close("FAILED")
+            raise
+        self.tracker.close("FINISHED")
+
+
+def check_resumable(found: CheckpointInfo, own: CheckpointInfo, run: str) -> None:
+    """Check that a checkpoint is one that this worker group would have written.
+
+    Raises:
+        UsageError: it is of another config, or of another number of workers.
+    """
+    if found.world_size != own.world_size:
+        raise UsageError(
+            f"Run {run} began stage {own.stage} with {found.world_size} workers and cannot go on with"
+            f" {own.world_size}; set workers.count to {found.world_size}."
+        )
+    if found != own:
+        raise UsageError(f"Run {run} began stage {own.stage} with another config; name the new run otherwise.")
+
+
+def _begun(items: Iterator[T]) -> Iterator[T]:
+    """An iterator whose first item is being made already."""
+    pool = ThreadPoolExecutor(1)
+    first = pool.submit(next, items, None)
+    pool.shutdown(wait=False)
+
+    def rest() -> Iterator[T]:
+        item = first.result()
+        if item is not None:
+            yield item
+            yield from items
+
+    return rest()
+
+
+# -- between ranks --------------------------------------------------------------------------------------------------
+
+
+def _layout(config: StageConfig) -> Layout:
+    """How a stage's global batch is spread over the workers there are."""
+    world = dist.get_world_size()
+    size = micro_batch_size(config.global_batch, world, config.micro_batch)
+    return Layout(
+        rank=dist.get_rank(),
+        world=world,
+        micro_batch=size,
+        accumulation=config.global_batch // world // size,
+        device=ray.train.torch.get_device(),
+    )
+
+
+def _from_first(value: list[T]) -> T:
+    """What rank 0 has, on every rank."""
+    dist.broadcast_object_list(value, src=0)
+    return value[0]
+
+
+def _gathered(value: T) -> list[T]:
+    """What every rank has, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,135 @@
+"""Presets: what they hold, how they are laid over each other, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from insightedit.model.stages import STAGES
+from insightedit.platform.config import flattened, load_preset, preset_names
+from insightedit.platform.errors import NotFoundError, UsageError
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_whole(name: str) -> None:
+    config = load_preset(name)
+    assert config.name == name
+    assert set(config.stages) == set(STAGES)
+    for number, stage in config.stages.items():
+        assert tuple(stage.losses) == STAGES[number].losses
+
+
+def test_a_file_extends_a_preset_and_says_only_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "extends: nano\nname: mine\nstages:\n  2: {steps: 7}\ndata:\n  datasets:\n    edits: {options: {count: 5}}\n"
+    )
+    mine, nano = load_preset(path), load_preset("nano")
+    assert mine.stages[2].steps == 7
+    assert mine.stages[2].model_copy(update={"steps": nano.stages[2].steps}) == nano.stages[2]
+    assert mine.data.datasets["edits"].options == nano.data.datasets["edits"].options | {"count": 5}
+    assert mine.stages[1] == nano.stages[1]
+
+
+def test_files_extend_files_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("extends: nano\nname: base\nseed: 4\n")
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\nname: top\n")
+    assert load_preset(tmp_path / "top.yaml").seed == 4
+
+
+def test_overrides_change_single_values() -> None:
+    config = load_preset("nano", ["stages.2.learning_rate=3e-4", "workers.threads=2", "model.lora.rank=2"])
+    assert (config.stages[2].learning_rate, config.workers.threads, config.model.lora.rank) == (3e-4, 2, 2)
+    assert config.stages[1] == load_preset("nano").stages[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.2.learning_rat=1", ("stages.2.learning_rat", "learning_rate")),
+        ("model.qformer.num_layer=1", ("model.qformer.num_layer", "num_layers")),
+        ("workers.cont=1", ("workers.cont", "count")),
+        ("workres.count=1", ("workres", "workers")),
+        ("data.datasets.edits.opts=1", ("data.datasets.edits.opts", "options")),
+        ("stages.4.steps=1", ("stages.4", "less than or equal to 3")),
+        ("stages.2.steps=0", ("stages.2.steps", "0", "greater")),
+        ("model.resolution=wide", ("model.resolution", "'wide'", "integer")),
+        ("stages.1.losses={L_LLM: 1}", ("stages.1.losses", "L_IB")),
+        ("stages.1.losses.L_diff1=1", ("stages.1.losses", "L_TB")),
+        ("stages.3.datasets={other: 1}", ("stages.3.datasets", "'other'")),
+        ("stages.1.global_batch=31", ("stages.1.global_batch", "31", "workers.count 2")),
+        ("stages.2.zero=1", ("stages.2.zero", "2 or 3")),
+        ("stages.2={zero: 3, validate_every: 5}", ("stages.2",)),
+        ("name", ("--set name", "section.key=value")),
+        ("name=[", ("--set name=[", "YAML")),
+    ],
+)
+def test_wrong_fields_are_named_in_one_sentence(override: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_preset("nano", [override])
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert message.endswith((".", "?"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("- a\n- b\n", ("must hold fields",)),
+        ("a: [", ("is not YAML",)),
+        ("extends: nanoo\n", ("no preset 'nanoo'", "nano")),
+        ("extends: wrong.yaml\n", ("extends itself",)),
+        ("name: x\n", ("model", "missing")),
+    ],
+)
+def test_wrong_files_are_named(tmp_path: Path, content: str, words: tuple[str, ...]) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(content)
+    with pytest.raises((UsageError, NotFoundError)) as caught:
+        load_preset(path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["nothing", "nothing.yaml"])
+def test_missing_presets_are_named(source: str) -> None:
+    with pytest.raises(NotFoundError, match="nothing"):
+        load_preset(source)
+
+
+def test_sources_are_folders_or_hub_ids(tmp_path: Path) -> None:
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    overrides = [
+        f"model.sources={{diffusion: {folder}, image_encoder: owner/clip, mllm: {folder}}}",
+    ]
+    sources = load_preset("nano", overrides).model_sources().sources
+    assert (sources.diffusion, sources.image_encoder) == (str(folder), "owner/clip")
+    with pytest.raises(NotFoundError, match=r"model\.sources\.mllm is \./gone"):
+        load_preset("nano", [*overrides, "model.sources.mllm=./gone"]).model_sources()
+
+
+def test_a_config_is_frozen() -> None:
+    config = load_preset("nano")
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1
+
+
+def test_fingerprints_cover_what_weights_depend_on() -> None:
+    nano = load_preset("nano")
+    same = [
+        "stages.2.log_every=3",
+        "stages.1.checkpoint_every=7",
+        "workers.count=1",
+        "stages.2.steps=9",
+        "promotion.margin=0.1",
+    ]
+    assert load_preset("nano", same).fingerprint(1) == nano.fingerprint(1)
+    for override in ("stages.1.steps=9", "seed=1", "model.lora.rank=2", "data.datasets.edits.options.count=9"):
+        assert load_preset("nano", [override]).fingerprint(1) != nano.fingerprint(1), override
+    assert load_preset("nano", ["stages.2.steps=9"]).fingerprint(2) != nano.fingerprint(2)
+
+
+def test_flattened_names_are_dotted() -> None:
+    assert dict(flattened({"a": {"b": 1, "c": {"d": [2]}}, "e": {}})) == {"a.b": 1, "a.c.d": [2], "e": {}}

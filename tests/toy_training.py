@@ -1,0 +1,165 @@
+"""A model of a few linear layers with the losses' names of the real one, and a prepared dataset for it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.cloudpickle
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+
+from insightedit.model.configuration import ModelConfig, SourcesConfig
+from insightedit.model.losses import LossTerm, squared_error
+from insightedit.model.stages import STAGES
+from insightedit.platform.config import DataConfig, DatasetConfig, RunConfig, StageConfig, WorkersConfig
+from insightedit.platform.errors import InsightEditError
+from insightedit.platform.shards import ShardManifest, Table, add_features, features_of, write_shard
+from insightedit.platform.streams import Arrays, Collate
+
+# Workers do not know the tests' folder.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+WIDTH = 8
+CALLS: dict[int, int] = {}
+"""Calls of `loss_weights` in this process, by stage."""
+
+
+class ToyModel(nn.Module):
+    """Three linear layers; stage n trains layer n, and stage 2 the head too. `frozen` never trains."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in STAGES)
+        self.head = nn.Linear(WIDTH, WIDTH)
+        self.frozen = nn.Linear(WIDTH, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+
+    def begin_stage(self, number: int) -> None:
+        self.requires_grad_(False)
+        self.layers[number - 1].requires_grad_(True)
+        if number == 2:
+            self.head.requires_grad_(True)
+
+    def forward(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, LossTerm]:
+        x = batch["x"] + noise(batch["seed"])
+        for layer in self.layers:
+            x = x + self.dropout(layer(x).tanh())
+        outputs = {"first": self.head(x), "second": self.frozen(x)}
+        weights = term_weights(batch, stage)
+        return {
+            name: LossTerm(squared_error(outputs["second" if "diff" in name else "first"], batch["y"]), weights[name])
+            for name in STAGES[stage].losses
+        }
+
+
+def noise(seeds: Tensor) -> Tensor:
+    rows = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
+    return 0.1 * torch.stack(rows)
+
+
+def term_weights(batch: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
+    every = torch.ones_like(batch["diffusion_weight"])
+    return {name: batch["diffusion_weight"] if "diff" in name else every for name in STAGES[stage].losses}
+
+
+@dataclass(frozen=True)
+class ToyTask:
+    """See `insightedit.platform.tasks.TrainingTask`."""
+
+    dropout: float = 0.0
+    die_at: tuple[int, int, str] | None = None
+    """Stage, step and file: rank 1 kills itself in that step, unless the file says that it did before."""
+    key: str = "toy"
+
+    def build_model(self) -> nn.Module:
+        return ToyModel(self.dropout)
+
+    def make_collate(self) -> Collate:
+        def collate(table: Table) -> Arrays:
+            return features_of(table)
+
+        return collate
+
+    def loss_weights(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
+        if self.die_at is not None:
+            self._die(stage)
+        return term_weights(batch, stage)
+
+    def _die(self, stage: int) -> None:
+        number, step, mark = self.die_at or (0, 0, "")
+        CALLS[stage] = CALLS.get(stage, 0) + 1
+        if (stage, CALLS[stage]) == (number, step) and dist.get_rank() == 1 and not Path(mark).exists():
+            Path(mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def diagnostics(self, model: nn.Module) -> dict[str, float]:
+        return {"query_variance": 1.0}
+
+    def pictures(self, model: nn.Module, stage: int) -> dict[str, Image.Image]:
+        return {"toy": Image.new("RGB", (8, 8))}
+
+
+def toy_arrays(rows: int, seed: int, weight: float | None = None) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(0, 2, rows) if weight is None else np.full(rows, weight)
+    return {
+        "x": rng.standard_normal((rows, WIDTH)).astype(np.float32),
+        "y": rng.standard_normal((rows, WIDTH)).astype(np.float16),
+        "diffusion_weight": weights.astype(np.float32),
+    }
+
+
+def prepare_toy(folder: Path, shards: tuple[int, ...] = (24, 24, 16), weight: float | None = None) -> Path:
+    """A prepared dataset of toy rows."""
+    folder.mkdir(parents=True)
+    written = []
+    for number, rows in enumerate(shards):
+        table = pa.table({"key": [f"{folder.name}-{number}-{row}" for row in range(rows)]})
+        table = add_features(table, toy_arrays(rows, number + 100 * len(folder.name), weight))
+        written.append(write_shard(table, folder / f"shard-{number:05d}.parquet"))
+    source = hashlib.sha256(str(shards).encode()).hexdigest()
+    ShardManifest(folder.name, source, "", 8, tuple(written), 0).write(folder)
+    return folder
+
+
+class FailingEncoder:
+    """An encoder that meets something wrong."""
+
+    fingerprint = ""
+
+    def __call__(self, table: Table) -> Table:
+        raise InsightEditError("the encoder says what is wrong")
+
+
+def toy_config(stages: dict[int, dict[str, Any]], datasets: tuple[str, ...] = ("a",), **workers: Any) -> RunConfig:
+    """A run of toy stages; each gives what differs."""
+    plain = {"global_batch": 8, "micro_batch": 4, "learning_rate": 1e-2, "warmup": 0.0, "log_every": 2}
+    return RunConfig(
+        name="toy",
+        seed=3,
+        model=ModelConfig(sources=SourcesConfig(diffusion="none", image_encoder="none", mllm="none")),
+        data=DataConfig(datasets={name: DatasetConfig(reader="toy") for name in datasets}, shuffle_shards=2),
+        stages={
+            number: StageConfig.model_validate(
+                {
+                    "datasets": dict.fromkeys(datasets, 1.0),
+                    "losses": dict.fromkeys(STAGES[number].losses, 1.0),
+                    **plain,
+                    **settings,
+                }
+            )
+            for number, settings in stages.items()
+        },
+        workers=WorkersConfig(steps_per_block=2, **workers),
+    )
