@@ -1,0 +1,154 @@
+"""An edit over HTTP, as `insightedit edit` does it."""
+
+from __future__ import annotations
+
+import base64
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+
+import httpx
+
+from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
+from insightedit.platform.workdir import Workdir
+from insightedit.serve.schema import ImagesResponse
+from insightedit.serve.state import read_state
+
+_RETRIED = frozenset({429, 502, 503})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedEdit:
+    """An answer of the server."""
+
+    image: bytes
+    """The encoded file."""
+    model_version: str
+    seed: int
+    size: str
+    request_id: str
+    seconds: float
+    """From sending to having the answer, retries included."""
+    status: int
+
+
+def served_url(workdir: Workdir) -> str:
+    """Where the work folder's server answers.
+
+    Raises:
+        ClusterError: none is up.
+    """
+    state = read_state(workdir)
+    if state is None:
+        raise ClusterError(f"No server is up for {workdir.root}; start one with `insightedit serve up`.")
+    return state.url
+
+
+def edit_over_http(
+    url: str,
+    image: Path | bytes,
+    prompt: str,
+    *,
+    model: str | None = None,
+    seed: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    image_guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    output_format: str = "png",
+    timeout: float = 600.0,
+    retries: int = 10,
+) -> ServedEdit:
+    """Have an image edited by a server, trying again while it is overloaded or not to be reached.
+
+    Args:
+        url: the server's, as in `http://127.0.0.1:8000`.
+        image: a PNG, JPEG or WebP file, or its bytes.
+        prompt: the instruction.
+        model: a version or alias that is served; the server's own without it. Of the others, see `pipeline`.
+        seed: the noise's.
+        num_inference_steps: denoising steps.
+        guidance_scale: weight of the instruction.
+        image_guidance_scale: weight of the source.
+        negative_prompt: what to keep away from.
+        output_format: png, jpeg or webp.
+        timeout: seconds for one try.
+        retries: tries after the first.
+
+    Raises:
+        NotFoundError: the image file or the model does not exist.
+        UsageError: the server refuses the request, and says why.
+        ClusterError: the server cannot be reached.
+        InsightEditError: the server failed.
+    """
+    fields = {
+        "prompt": prompt,
+        "model": model,
+        "seed": seed,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "image_guidance_scale": image_guidance_scale,
+        "negative_prompt": negative_prompt,
+        "output_format": output_format,
+    }
+    form = {name: str(value) for name, value in fields.items() if value is not None}
+    begun = time.perf_counter()
+    response = _post(f"{url.rstrip('/')}/v1/images/edits", form, _contents(image), timeout, retries)
+    if response.status_code != HTTPStatus.OK:
+        raise _error(response)
+    answer = ImagesResponse.model_validate_json(response.content)
+    return ServedEdit(
+        image=base64.b64decode(answer.data[0].b64_json),
+        model_version=answer.model_version,
+        seed=answer.seed,
+        size=answer.size,
+        request_id=response.headers.get("x-request-id", ""),
+        seconds=time.perf_counter() - begun,
+        status=response.status_code,
+    )
+
+
+def _contents(image: Path | bytes) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        return image.read_bytes()
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no image {image}.") from None
+    except OSError as error:
+        raise UsageError(f"{image} cannot be read: {error.strerror}.") from None
+
+
+def _post(url: str, form: dict[str, str], image: bytes, timeout: float, retries: int) -> httpx.Response:
+    # The name says nothing; the server looks at the bytes.
+    files = {"image": ("image", image, "application/octet-stream")}
+    with httpx.Client(timeout=httpx.Timeout(timeout, connect=5.0)) as client:
+        for attempt in range(retries + 1):
+            last = attempt == retries
+            pause = min(0.5 * 2**attempt, 8.0)
+            try:
+                response = client.post(url, data=form, files=files)
+                if last or response.status_code not in _RETRIED:
+                    return response
+                pause = float(response.headers.get("retry-after", pause))
+            except httpx.ConnectError as error:
+                # Nobody listens: waiting helps only where a proxy is on its way back.
+                if attempt >= min(retries, 2):
+                    raise ClusterError(f"No server answers at {url}: {error}.") from None
+            except httpx.HTTPError as error:
+                if last:
+                    raise ClusterError(f"The connection to {url} broke: {error}.") from None
+            time.sleep(pause)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _error(response: httpx.Response) -> InsightEditError:
+    try:
+        message = str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:200]
+    if response.status_code == HTTPStatus.NOT_FOUND:
+        return NotFoundError(message)
+    kind = UsageError if response.status_code < HTTPStatus.TOO_MANY_REQUESTS else InsightEditError
+    return kind(f"The server answered {response.status_code}: {message}")

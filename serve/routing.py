@@ -1,0 +1,123 @@
+"""How the gateway reaches the replicas: which version's, again when one dies, and never more than they can hold."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from ray import serve as ray_serve
+from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
+from starlette.types import ASGIApp
+
+from insightedit.serve.backend import (
+    Conditions,
+    Edited,
+    EditJob,
+    EditOutcome,
+    Refusal,
+    VersionInfo,
+    VersionTable,
+)
+from insightedit.serve.gateway import build_app
+from insightedit.serve.meters import Meters
+from insightedit.serve.schema import ApiError, overloaded
+from insightedit.serve.settings import Limits, ServeSettings
+
+logger = logging.getLogger("insightedit.serve")
+serve: Any = ray_serve  # Its types are incomplete.
+
+CONDITIONER, EDITOR = "Conditioner", "Editor"
+ANSWER_SECONDS = 10.0
+"""How long replicas may take to say that they are there, and how long an edit that worked says it for them."""
+
+# A replica that died took its work with it. An edit's seed is fixed, so doing it again gives the same image.
+_LOST = (RayActorError, ObjectLostError, ReplicaUnavailableError)
+
+
+class ReplicaBackend:
+    """Edits by the Serve applications of a version table."""
+
+    def __init__(self, table: VersionTable, limits: Limits) -> None:
+        self.table = table
+        self._limits = limits
+        self._infos: dict[str, tuple[float, VersionInfo]] = {}
+
+    async def edit(self, version: str, job: EditJob) -> EditOutcome:
+        """Condition, then edit."""
+        begun = time.perf_counter()
+        conditions: Conditions | Refusal = await self._call(version, CONDITIONER, "condition", job)
+        if isinstance(conditions, Refusal):
+            raise ApiError(400, "invalid_value", conditions.message, conditions.param)
+        edited: Edited = await self._call(version, EDITOR, "edit", job, conditions)
+        if version in self._infos:
+            self._infos[version] = (time.monotonic(), self._infos[version][1])
+        working = conditions.seconds + edited.seconds
+        return EditOutcome(
+            pixels=edited.pixels,
+            steps=edited.steps,
+            queue_seconds=max(time.perf_counter() - begun - working, 0.0),
+            condition_seconds=conditions.seconds,
+            edit_seconds=edited.seconds,
+            text_tokens=conditions.text_tokens,
+            image_tokens=conditions.image_tokens,
+            output_tokens=edited.output_tokens,
+        )
+
+    async def describe(self, version: str) -> VersionInfo:
+        """Ask the editor, which asks the conditioner; an edit that has just worked is answer enough."""
+        when, known = self._infos.get(version, (float("-inf"), None))
+        if known is not None and time.monotonic() - when < ANSWER_SECONDS:
+            return known
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                info: VersionInfo = await self._call(version, EDITOR, "describe")
+        except TimeoutError:
+            message = f"The replicas of model version {version} do not answer."
+            raise ApiError(503, "unavailable", message) from None
+        self._infos[version] = (time.monotonic(), info)
+        return info
+
+    def _handle(self, version: str, deployment: str) -> Any:
+        return serve.get_deployment_handle(deployment, app_name=self.table.versions[version].application)
+
+    async def _call(self, version: str, deployment: str, method: str, *arguments: object) -> Any:
+        """One call to some replica, done again where the replica dies under it."""
+        for attempt in range(1, self._limits.attempts + 1):
+            try:
+                return await getattr(self._handle(version, deployment), method).remote(*arguments)
+            except _LOST as error:
+                logger.warning("%s of version %s was lost at attempt %d: %s", method, version, attempt, type(error))
+                await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
+            except BackPressureError:
+                raise overloaded(self._limits) from None
+            except RayServeException:
+                logger.exception("version %s cannot be reached", version)
+                break
+        message = f"Model version {version} cannot be reached at present; send the request again."
+        raise ApiError(503, "unavailable", message, retry_after=self._limits.retry_after)
+
+
+@serve.ingress()
+class Gateway:
+    """The gateway as a Serve deployment. Its version table is its `user_config` and changes without a restart."""
+
+    def __init__(self, settings: dict[str, Any], table: dict[str, Any]) -> None:
+        """Build the gateway.
+
+        Args:
+            settings: a `ServeSettings` as plain data.
+            table: the first `VersionTable`, as plain data.
+        """
+        self._limits = ServeSettings.model_validate(settings).limits
+        self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits)
+
+    def reconfigure(self, table: dict[str, Any]) -> None:
+        """Take another version table, as plain data."""
+        self._backend.table = VersionTable.model_validate(table)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """What Serve puts behind the route."""
+        return build_app(self._backend, self._limits, Meters(), sets_request_id=False)

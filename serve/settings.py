@@ -1,0 +1,70 @@
+"""What a server allows, and how its parts scale."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Limits(_Settings):
+    """What one request may ask for. The page and the error messages name these numbers."""
+
+    body_bytes: Count = 20 * 2**20
+    """Size of a whole request, checked before it is parsed."""
+    pixels: Count = 16_000_000
+    """Pixels of an uploaded image, checked before it is decoded."""
+    side: Annotated[int, Field(ge=1, le=16383)] = 8192
+    """Longest side of an uploaded image in pixels. WebP holds 16383 at most."""
+    aspect: Annotated[float, Field(ge=1)] = 8.0
+    """How many times its shorter side an image's longer one may be. Inside the model, thin images grow."""
+    prompt_chars: Annotated[int, Field(ge=1, le=32000)] = 4000
+    """Length of an instruction, and of a negative prompt, in characters."""
+    steps: Count = 200
+    """Denoising steps of one edit."""
+    in_flight: Count = 16
+    """Edits that one gateway replica works on or keeps waiting; beyond them it answers 429."""
+    retry_after: Count = 2
+    """Seconds that a refused client is asked to wait."""
+    edit_seconds: Seconds = 120.0
+    """Time for one edit, waiting and retries included. Replicas get longer than this to drain."""
+    attempts: Count = 6
+    """Dispatches of one piece of work, counting those to replicas that died under it."""
+
+
+class Scaling(_Settings):
+    """How many replicas one deployment has, and what each takes."""
+
+    min_replicas: Count = 1
+    max_replicas: Count = 2
+    target_ongoing: Annotated[float, Field(gt=0)] = 2.0
+    """Requests in hand for each replica, above which Serve adds a replica."""
+    max_ongoing: Count = 4
+    """Requests that one replica takes before the next ones wait at the caller."""
+    max_queued: Count = 16
+    """Requests that wait at one caller; beyond them it answers 429."""
+    cpus: Annotated[float, Field(ge=0)] = 0.25
+    """Logical CPUs that Ray counts for a replica. Its torch runs on one thread whatever this is."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ServeSettings(_Settings):
+    """Everything `insightedit serve up` can be told beside the model version and the port."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. There is no authentication, so leave it on loopback."""
+    exact: bool = True
+    """Exact mode: the same request gives the same bits, whoever else is served at the time."""
+    startup_seconds: Seconds = 480.0
+    """Time for the server to answer its first edit."""
+    limits: Limits = Limits()
+    gateway: Scaling = Scaling(max_ongoing=64, target_ongoing=16, max_queued=64, cpus=0.1)
+    conditioner: Scaling = Scaling()
+    editor: Scaling = Scaling()

@@ -1,0 +1,76 @@
+"""What `serve up` starts and what it leaves for the other commands to find: `serve.json` in the work folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from insightedit.platform.workdir import Workdir
+from insightedit.serve.settings import ServeSettings
+
+
+class ServePlan(BaseModel):
+    """All that the server process needs to know. The version is resolved and its folder verified by then."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workdir: Path
+    version: str
+    aliases: tuple[str, ...]
+    folder: Path
+    port: int
+    settings: ServeSettings
+
+    @property
+    def url(self) -> str:
+        """Where the server will answer."""
+        return f"http://{self.settings.host}:{self.port}"
+
+
+class ServeState(BaseModel):
+    """A server process and what it serves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state: Literal["starting", "up"]
+    url: str
+    model_version: str
+    aliases: tuple[str, ...]
+    pid: int
+    created: float
+    """When the process began, in seconds since the epoch: tells it from a later one with the same number."""
+    log: Path
+
+    def process(self) -> psutil.Process | None:
+        """The server's process, if it is alive."""
+        try:
+            process = psutil.Process(self.pid)
+            alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.created) < 1
+        except psutil.NoSuchProcess:
+            return None
+        return process if alive else None
+
+
+def read_state(workdir: Workdir) -> ServeState | None:
+    """The server that is alive, if there is one."""
+    try:
+        state = ServeState.model_validate_json(workdir.serve_state.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return state if state.process() else None
+
+
+def write_state(workdir: Workdir, state: ServeState) -> None:
+    """Say what is served, in one step."""
+    temporary = workdir.serve_state.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(state.model_dump_json(indent=2) + "\n")
+    temporary.replace(workdir.serve_state)
+
+
+def clear_state(workdir: Workdir) -> None:
+    """Nothing is served any more."""
+    workdir.serve_state.unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""A real server: Ray Serve in a process of its own, a registered version, edits over HTTP, a replica killed."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+from tiny_models import build_sources, tiny_config
+
+from insightedit.model.insightedit import build_pipeline
+from insightedit.model.pipeline import load_pipeline
+from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
+from insightedit.platform.registry import Registry
+from insightedit.platform.workdir import Workdir
+from insightedit.serve.client import edit_over_http, served_url
+from insightedit.serve.deployment import ServeStatus, down, status, up
+from insightedit.serve.settings import ServeSettings
+
+pytestmark = pytest.mark.timeout(300)
+PROMPT = "remove the red circle"
+
+
+class Served(NamedTuple):
+    workdir: Workdir
+    status: ServeStatus
+    folder: Path
+
+
+def register_champion(workdir: Workdir, folder: Path) -> Path:
+    torch.manual_seed(0)
+    pipeline: Any = build_pipeline(tiny_config(build_sources(folder / "sources")))
+    pipeline.register_to_config(image_branch=True)
+    pipeline.save_pretrained(folder / "pipeline")
+    client = MlflowClient(tracking_uri=workdir.tracking_uri)
+    experiment = client.create_experiment("serve", artifact_location=workdir.artifacts.as_uri())
+    run = client.create_run(experiment).info.run_id
+    registry = Registry(workdir)
+    version = registry.register(folder / "pipeline", run)
+    with registry.moving():
+        registry.promote(version.version, {})
+    return version.folder
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("serve")
+    workdir = Workdir.open(folder / "work")
+    version_folder = register_champion(workdir, folder)
+    server = up(workdir, port=0)
+    yield Served(workdir, server, version_folder)
+    down(workdir)
+
+
+def picture(size: tuple[int, int] = (16, 16)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def edit(served: Served, image: Image.Image, seed: int = 7, **options: Any) -> bytes:
+    return edit_over_http(served_url(served.workdir), png(image), PROMPT, seed=seed, **options).image
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 28)])
+def test_served_bits_are_those_of_the_local_pipeline(served: Served, size: tuple[int, int]) -> None:
+    answer = edit_over_http(served_url(served.workdir), png(picture(size)), PROMPT, seed=7)
+    local = load_pipeline(served.folder)(
+        PROMPT, picture(size), generator=torch.Generator().manual_seed(7), exact=True, return_dict=False
+    )[0][0]
+    assert np.array_equal(pixels(answer.image), np.asarray(local))
+    assert (answer.model_version, answer.seed, answer.size) == ("1", 7, f"{size[0]}x{size[1]}")
+    assert not np.array_equal(pixels(edit(served, picture(size), seed=8)), np.asarray(local))
+
+
+def test_settings_reach_the_model(served: Served) -> None:
+    options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0, "image_guidance_scale": 1.1}
+    local = load_pipeline(served.folder)(
+        PROMPT, picture(), generator=torch.Generator().manual_seed(7), exact=True, return_dict=False, **options
+    )[0][0]
+    assert np.array_equal(pixels(edit(served, picture(), **options)), np.asarray(local))
+
+
+def test_it_says_how_it_is(served: Served) -> None:
+    now = status(served.workdir)
+    assert (now.state, now.ready, now.model_version, now.aliases) == ("up", True, "1", ("champion",))
+    url = served_url(served.workdir)
+    response = httpx.post(f"{url}/v1/images/edits", data={"prompt": "x"}, files={"image": ("../a", b"nonsense")})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "image"
+    assert "," not in response.headers["x-request-id"]
+    edit(served, picture())
+    text = httpx.get(f"{url}/metrics").text
+    assert 'insightedit_edit_requests_total{code="200",model_version="1"}' in text
+    assert 'insightedit_edit_rejected_total{reason="invalid_image"} 1.0' in text
+    assert httpx.get(f"{url}/v1/models").json()["data"][0]["resolution"] == 16
+    assert "<!doctype html>" in httpx.get(url).text.lower()
+
+
+def test_a_prompt_that_the_model_cannot_read_is_refused(served: Served) -> None:
+    with pytest.raises(UsageError, match=r"400: prompt: the instruction has \d+ tokens"):
+        edit_over_http(served_url(served.workdir), png(picture()), "zq" * 500)
+    with pytest.raises(NotFoundError, match="served are 1"):
+        edit_over_http(served_url(served.workdir), png(picture()), PROMPT, model="2")
+
+
+def test_second_servers_are_refused(served: Served, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is up at"):
+        up(served.workdir)
+    other = Workdir.open(tmp_path)
+    with pytest.raises(NotFoundError, match="no model is registered"):
+        up(other)
+    register_champion(other, tmp_path)
+    taken = int(served_url(served.workdir).rsplit(":", 1)[1])
+    with pytest.raises(UsageError, match=f"Port {taken}"):
+        up(other, port=taken)
+    assert up(other, port=0, dry_run=True).state == "planned"
+    assert status(other).state == "down"
+    with pytest.raises(ClusterError, match="serve up"):
+        served_url(other)
+
+
+def replicas(served: Served, deployment: str) -> list[psutil.Process]:
+    """The processes of a deployment's replicas. Ray shows the name as the process' title."""
+    processes = psutil.Process(served.status.pid).children(recursive=True)
+    return [process for process in processes if f":{deployment}" in " ".join(process.cmdline())]
+
+
+def kill(served: Served, deployment: str) -> None:
+    (replica,) = replicas(served, deployment)
+    os.kill(replica.pid, signal.SIGKILL)
+
+
+def test_edits_survive_their_replicas(served: Served) -> None:
+    undisturbed = edit(served, picture(), num_inference_steps=150)
+    answers: list[bytes] = []
+    worker = threading.Thread(target=lambda: answers.append(edit(served, picture(), num_inference_steps=150)))
+    worker.start()
+    time.sleep(0.3)  # By now it is the editor's.
+    kill(served, "Editor")
+    worker.join()
+    kill(served, "Conditioner")
+    answers.append(edit(served, picture(), num_inference_steps=150))
+    assert answers == [undisturbed, undisturbed]
+
+
+def test_overload_is_answered_with_429_and_passes(served: Served) -> None:
+    url = f"{served_url(served.workdir)}/v1/images/edits"
+
+    def post(_index: int) -> httpx.Response:
+        fields = {"prompt": PROMPT, "num_inference_steps": "60"}
+        return httpx.post(url, data=fields, files={"image": ("a", png(picture()))}, timeout=120)
+
+    with ThreadPoolExecutor(48) as clients:
+        responses = list(clients.map(post, range(48)))
+    assert {response.status_code for response in responses} == {200, 429}
+    assert all("retry-after" in response.headers for response in responses if response.status_code == 429)
+    assert edit(served, picture()) == edit(served, picture())
+
+
+def test_a_server_that_does_not_come_up_shows_its_log(served: Served, tmp_path: Path) -> None:
+    other = Workdir.open(tmp_path)
+    register_champion(other, tmp_path)
+    with pytest.raises(InsightEditError, match=r"did not answer within 0.1 seconds; the end of its log .*\.log"):
+        up(other, port=0, settings=ServeSettings(startup_seconds=0.1))
+    assert status(other).state == "down"
+
+
+def test_down_leaves_nothing(served: Served) -> None:
+    processes = psutil.Process(served.status.pid).children(recursive=True)
+    assert down(served.workdir).state == "down"
+    assert not [process for process in processes if process.is_running()]
+    assert status(served.workdir).state == "down"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(str(served.status.url))
+    assert down(served.workdir).state == "down"
