@@ -1,0 +1,758 @@
+"""The command line: parse, call, print.
+
+Results go to stdout and the rest to stderr. What a command needs is imported when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from insightedit import __version__
+from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
+from insightedit.platform.workdir import Workdir
+
+if TYPE_CHECKING:
+    from insightedit.jobs.promote import Promotion
+    from insightedit.jobs.train import TrainingResult
+    from insightedit.platform.config import RunConfig
+    from insightedit.platform.evaluation import Evaluation
+    from insightedit.platform.registry import ModelVersion
+    from insightedit.platform.trainer import Progress
+    from insightedit.quickstart import Quickstart
+
+INTERRUPTED = 130
+QUIET = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Environment in which libraries keep to themselves what is of no use to whoever typed a command."""
+
+
+@dataclass
+class Session:
+    """What one call of the program knows: the folder from --workdir, and where results go."""
+
+    folder: Path | None = None
+    results: TextIO | None = None
+    """The real stdout, while libraries find stderr in its place."""
+
+
+def _remember_workdir(context: click.Context, _option: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        context.ensure_object(Session).folder = value
+
+
+def _workdir_option() -> click.Option:
+    return click.Option(
+        ["--workdir"],
+        type=click.Path(path_type=Path),
+        expose_value=False,
+        callback=_remember_workdir,
+        help="Folder of registry, runs, shards and logs; INSIGHTEDIT_WORKDIR or ./insightedit-work without it.",
+    )
+
+
+class _Command(click.Command):
+    """A command that knows --workdir, so that it may stand before or after the command's name."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.params.append(_workdir_option())
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with _results_apart(ctx.ensure_object(Session)):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _results_apart(session: Session) -> Generator[None]:
+    """Keep stdout for results: what libraries write there, in this process or below it, goes to stderr."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as results:
+        session.results = results
+        os.dup2(2, 1)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            session.results = None
+            os.dup2(results.fileno(), 1)
+
+
+class _Group(click.Group):
+    command_class = _Command
+    group_class = type  # Groups in this group are of this class.
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would happen and do nothing.")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one value of the config; repeatable."
+)
+
+config_option = click.option(
+    "--config", default="nano", show_default=True, metavar="CONFIG", help="A preset, or a file that extends one."
+)
+
+
+def _workdir() -> Workdir:
+    return Workdir.open(click.get_current_context().ensure_object(Session).folder)
+
+
+def _emit(value: object, as_json: bool, show: Callable[[], Iterable[str]]) -> None:
+    """Print a result: as JSON, or the lines that `show` makes of it for people."""
+    results = click.get_current_context().ensure_object(Session).results
+    if as_json:
+        from pydantic import TypeAdapter
+
+        click.echo(TypeAdapter(Any).dump_json(value, indent=2).decode(), file=results)
+    else:
+        for line in show():
+            click.echo(line, file=results)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """Rows as lines with aligned columns, the first row as their heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="insightedit")
+def cli() -> None:
+    """Edit images by written instructions; train, keep and serve the model that does it."""
+
+
+cli.params.append(_workdir_option())
+
+
+# -- everything at once ---------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--once", is_flag=True, help="End after one served edit instead of leaving the server up.")
+@click.option("--port", type=click.IntRange(0, 65535), help="The server's: 8000 without it, 0 for any free one.")
+@config_option
+@set_option
+@dry_run_option
+@json_option
+def quickstart(
+    once: bool, port: int | None, config: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool
+) -> None:
+    """Go the whole path: data, three stages, evaluation, promotion, a server, an edit."""
+    from insightedit.platform.config import load_preset
+
+    run_config = load_preset(config, overrides)
+    if dry_run:
+        run_config.model_sources()
+        _emit(run_config, as_json, lambda: _show_plan(run_config, ()))
+        return
+    from insightedit.quickstart import quickstart as run_quickstart
+
+    done = run_quickstart(_workdir(), run_config, once=once, port=port)
+    _emit(done.report, as_json, lambda: _show_quickstart(done))
+
+
+def _show_quickstart(done: Quickstart) -> Iterable[str]:
+    evaluation, served, model = (done.report[name] for name in ("evaluation", "served", "model"))
+    yield (
+        f"VIEScore {evaluation['viescore']:.3f} on {evaluation['scenes']} held-out scenes"
+        f" (source unchanged {evaluation['copy_baseline']['viescore']:.2f}):"
+        f" S_i {evaluation['instruction']:.2f}, S_n {evaluation['non_overedit']:.2f}"
+    )
+    bits = "the same bits" if served["identical_to_local"] else "NOT the same bits"
+    yield f"version {model['version']} trained, version {served['model_version']} served: {bits} as made locally"
+    yield f"{done.report['seconds']['total']:.0f} s in all; {done.report_html}"
+    yield "Next:"
+    yield from (f"  {command}" for command in done.next_commands)
+
+
+# -- this machine ---------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Look whether this machine has what a run stands on."""
+    from insightedit.platform.doctor import examine
+
+    findings = examine(_workdir())
+
+    def show() -> Iterable[str]:
+        for finding in findings:
+            yield f"{finding.verdict:<8} {finding.name}: {finding.found}"
+            if finding.advice:
+                yield f"{'':<9}{finding.advice}"
+
+    _emit(findings, as_json, show)
+    failed = [finding.name for finding in findings if finding.verdict == "failed"]
+    if failed:
+        raise InsightEditError(f"Not ready for a run: {', '.join(failed)}; do what is said beside each.")
+
+
+# -- data -----------------------------------------------------------------------------------------------------------
+
+
+@cli.group()
+def data() -> None:
+    """Datasets: what can be read, and shards that training reads."""
+
+
+@data.command("list")
+@json_option
+def data_list(as_json: bool) -> None:
+    """Show the readers of datasets and what each needs."""
+    from insightedit.platform.datasets import READERS
+
+    found = [{"name": reader.name, "needs": reader.needs} for reader in READERS.values()]
+    rows = [("READER", "NEEDS"), *((row["name"], row["needs"]) for row in found)]
+    _emit(found, as_json, lambda: _columns(rows))
+
+
+@data.command("prepare")
+@click.argument("config", default="nano")
+@click.option("--rebuild", is_flag=True, help="Make shards of other settings again instead of refusing them.")
+@set_option
+@dry_run_option
+@json_option
+def data_prepare(config: str, rebuild: bool, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Turn the datasets of a CONFIG into shards, encoded ahead."""
+    from insightedit.platform.config import load_preset
+
+    run_config = load_preset(config, overrides)
+    if dry_run:
+        run_config.model_sources()
+        _emit(run_config.data, as_json, lambda: [f"Would prepare {', '.join(run_config.data.datasets)}."])
+        return
+    from insightedit.display import Display
+    from insightedit.jobs.prepare import prepare
+
+    with Display() as display:
+        made = prepare(
+            run_config,
+            _workdir(),
+            rebuild=rebuild,
+            progress=lambda name, done, total: display.at(f"Data {name}", done, total),
+        )
+    heading = ("DATASET", "ROWS", "QUARANTINED", "SECONDS", "")
+    rows = [
+        (name, str(one.rows), str(one.quarantined), f"{one.seconds:.1f}", "was there" if one.reused else "made")
+        for name, one in made.items()
+    ]
+    _emit(made, as_json, lambda: _columns([heading, *rows]))
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of the steps and scenes, for a quick look.",
+)
+@dry_run_option
+@json_option
+def foundation(out: Path, seed: int, share: float, dry_run: bool, as_json: bool) -> None:
+    """Train the nano preset's pretrained parts on single images and captions, and say how well each does."""
+    from insightedit.jobs.foundation import FoundationRecipe, build_foundation
+
+    recipe = replace(FoundationRecipe(), seed=seed).scaled(share)
+    if dry_run:
+        _emit(recipe, as_json, lambda: [f"Would train on {recipe.scenes} scenes with seed {seed} into {out}."])
+        return
+    report = build_foundation(out, recipe, lambda line: click.echo(line, err=True))
+    quality = report["quality"].items()
+    _emit(report, as_json, lambda: [f"{part}: {figures}" for part, figures in quality])
+
+
+@cli.command()
+@click.argument("config")
+@click.option("--name", help="Of the run. The name of an earlier run goes on with it; without one the run is new.")
+@click.option("--stage", "stages", type=click.IntRange(1, 3), multiple=True, help="Only this stage; repeatable.")
+@set_option
+@dry_run_option
+@json_option
+def train(
+    config: str, name: str | None, stages: tuple[int, ...], overrides: tuple[str, ...], dry_run: bool, as_json: bool
+) -> None:
+    """Train a CONFIG: a preset, or a file that extends one. What comes out is registered as the challenger."""
+    from insightedit.platform.config import load_preset
+
+    run_config = load_preset(config, overrides)
+    if dry_run:
+        run_config.model_sources()
+        _emit(run_config, as_json, lambda: _show_plan(run_config, stages))
+        return
+    from insightedit.display import Display
+    from insightedit.jobs.train import Watchers, train
+
+    with Display() as display:
+
+        def on_progress(at: Progress) -> None:
+            losses = ", ".join(f"{loss} {value:.4f}" for loss, value in at.losses.items())
+            display.at(f"Stage {at.stage}", at.step, at.steps, losses)
+
+        watchers = Watchers(
+            prepare=lambda what, done, total: display.at(f"Data {what}", done, total), train=on_progress
+        )
+        result = train(run_config, _workdir(), name=name, stages=stages or None, watchers=watchers)
+    version = _registered(result, run_config)
+    report = {"run": result.name, "run_id": result.run_id, "folder": result.folder, "model_version": version}
+    report |= {"stages": result.stages, "seconds": result.seconds}
+    _emit(report, as_json, lambda: _show_training(result, version))
+
+
+def _registered(result: TrainingResult, config: RunConfig) -> str | None:
+    """Register the model of a training that has gone through its last stage, once.
+
+    Returns:
+        The version's number; None where the last stage is still to come.
+    """
+    if max(result.stages) < max(config.stages):
+        return None
+    from insightedit.platform.registry import Registry
+    from insightedit.platform.tracking import git_commit
+
+    registry, lineage = Registry(_workdir()), result.lineage(config)
+    for version in registry.versions():
+        if lineage.items() <= version.tags.items():
+            return version.version
+    tags = {**lineage, "preset": config.name, "git_commit": git_commit()}
+    return registry.register(result.folder, result.run_id, tags).version
+
+
+def _show_plan(config: RunConfig, stages: Sequence[int]) -> Iterable[str]:
+    """A config as YAML, after comments on what would be done with it."""
+    import yaml
+
+    workers = config.workers
+    yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {workers.count} workers of"
+    yield f"# {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
+    content = config.model_dump(mode="json")
+    content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
+    yield yaml.safe_dump(content, sort_keys=False).rstrip()
+
+
+def _show_training(result: TrainingResult, version: str | None) -> Iterable[str]:
+    for number, stage in result.stages.items():
+        losses = ", ".join(
+            f"{loss} {first:.4g} -> {stage.result.last[loss]:.4g}" for loss, first in stage.result.first.items()
+        )
+        yield f"stage {number}: {stage.result.steps} steps, {losses}"
+    yield f"run {result.name}, pipeline {result.folder}"
+    if version is not None:
+        yield f"version {version}: `insightedit evaluate {version}`, then `insightedit promote {version}`"
+
+
+# -- model versions -------------------------------------------------------------------------------------------------
+
+
+@cli.group()
+def models() -> None:
+    """Model versions of the registry."""
+
+
+def _scored(version: ModelVersion) -> str:
+    score = version.tags.get("viescore")
+    return f"{float(score):.3f}" if score else "-"
+
+
+@models.command("list")
+@json_option
+def models_list(as_json: bool) -> None:
+    """Show all model versions, newest first."""
+    from insightedit.platform.registry import Registry
+
+    versions = Registry(_workdir()).versions()
+    heading = ("VERSION", "ALIASES", "VIESCORE", "CREATED")
+    rows = [
+        (one.version, ", ".join(one.aliases) or "-", _scored(one), f"{one.created.astimezone():%Y-%m-%d %H:%M}")
+        for one in versions
+    ]
+    if not versions and not as_json:
+        click.echo("No model version yet: `insightedit quickstart` or `insightedit train nano` makes one.", err=True)
+        return
+    _emit(versions, as_json, lambda: _columns([heading, *rows]))
+
+
+@models.command("show")
+@click.argument("version", default="champion")
+@json_option
+def models_show(version: str, as_json: bool) -> None:
+    """Show one VERSION: a number or an alias, the champion unless given."""
+    from insightedit.platform.registry import Registry
+
+    found = Registry(_workdir()).resolve(version)
+
+    def show() -> Iterable[str]:
+        yield f"{found.name} {found.version}"
+        yield f"aliases  {', '.join(found.aliases) or '-'}"
+        yield f"created  {found.created.astimezone():%Y-%m-%d %H:%M:%S}"
+        yield f"run      {found.run_id}"
+        yield f"folder   {found.folder}"
+        yield from (f"tag      {key} = {value}" for key, value in sorted(found.tags.items()))
+
+    _emit(found, as_json, show)
+
+
+# -- judging and deciding -------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("model", default="champion", metavar="[VERSION|FOLDER]")
+@config_option
+@set_option
+@dry_run_option
+@json_option
+def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Judge a model version, the champion unless given, or a pipeline folder on scenes that no training has seen."""
+    from insightedit.platform.config import load_preset
+    from insightedit.platform.registry import Registry
+
+    run_config = load_preset(config, overrides)
+    folder = Path(model).expanduser().absolute()
+    judged = folder if (folder / "model_index.json").is_file() else Registry(_workdir()).resolve(model)
+    named = str(judged) if isinstance(judged, Path) else f"version {judged.version}"
+    if dry_run:
+        plan = {"model": named, "evaluation": run_config.evaluation}
+        _emit(plan, as_json, lambda: [f"Would judge {named} on {run_config.evaluation.scenes} scenes."])
+        return
+    from insightedit.display import Display
+    from insightedit.jobs.evaluate import evaluate as run_evaluation
+
+    with Display() as display:
+        result = run_evaluation(
+            judged, run_config, _workdir(), progress=lambda done, total: display.at("Evaluation", done, total, named)
+        )
+    report = result.evaluation.to_json() | {"model": named, "run": result.run_id}
+    _emit(report, as_json, lambda: _show_evaluation(named, result.evaluation))
+
+
+def _show_evaluation(named: str, evaluation: Evaluation) -> Iterable[str]:
+    groups = {"all": evaluation.overall, "simple": evaluation.simple, "advanced": evaluation.advanced}
+    groups |= {f"task {name}": figures for name, figures in evaluation.by_task.items()}
+    groups |= {"source unchanged": evaluation.copy_baseline, "instructions shuffled": evaluation.shuffled}
+    yield f"{named} on {evaluation.scenes} scenes"
+    rows = [
+        (name, str(one.edits), f"{one.viescore:.3f}", f"{one.instruction:.2f}", f"{one.non_overedit:.2f}")
+        for name, one in groups.items()
+    ]
+    yield from _columns([("", "EDITS", "VIESCORE", "S_I", "S_N"), *rows])
+
+
+@cli.command()
+@click.argument("version", default="challenger")
+@config_option
+@set_option
+@dry_run_option
+@json_option
+def promote(version: str, config: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Make a VERSION, the challenger unless given, the champion if it is better. Exit code 3 if it is not."""
+    from insightedit.display import Display
+    from insightedit.jobs.evaluate import evaluate as run_evaluation
+    from insightedit.jobs.promote import promote as run_promotion
+    from insightedit.platform.config import load_preset
+
+    run_config = load_preset(config, overrides)
+    workdir = _workdir()
+
+    def judge(one: ModelVersion) -> None:
+        named = f"version {one.version}"
+        with Display() as display:
+            run_evaluation(
+                one, run_config, workdir, progress=lambda done, total: display.at("Evaluation", done, total, named)
+            )
+
+    done = run_promotion(workdir, version, run_config.promotion, judge, dry_run=dry_run)
+    _emit(done, as_json, lambda: [_said(done)])
+
+
+@cli.command()
+@click.option("--reason", default="", help="Written down with it.")
+@dry_run_option
+@json_option
+def rollback(reason: str, dry_run: bool, as_json: bool) -> None:
+    """Make the champion before this one the champion again."""
+    from insightedit.jobs.promote import rollback as run_rollback
+
+    done = run_rollback(_workdir(), reason, dry_run=dry_run)
+    _emit(done, as_json, lambda: [_said(done)])
+
+
+def _said(done: Promotion) -> str:
+    """One move of the champion in words."""
+    if done.before == done.champion:
+        return f"Version {done.champion} is the champion already."
+    move = f"champion {done.before or '-'} -> {done.champion}"
+    score = f", VIEScore {done.evidence.viescore:.3f}" if done.evidence else ""
+    return f"{'Would move ' if done.dry_run else ''}{move}{score}"
+
+
+# -- serving --------------------------------------------------------------------------------------------------------
+
+
+@cli.group()
+def serve() -> None:
+    """The server that edits images online."""
+
+
+def _show_server(status: Any) -> Iterable[str]:
+    if status.url is None:
+        yield "No server is up."
+        return
+    yield f"{status.state}: {status.url} serves version {status.model_version} ({', '.join(status.aliases) or '-'})"
+    if status.state == "up":
+        yield f"{'answers' if status.ready else 'does not answer'}; process {status.pid}, log {status.log}"
+
+
+@serve.command("up")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--model", default="champion", show_default=True, metavar="VERSION", help="A number or an alias.")
+@set_option
+@dry_run_option
+@json_option
+def serve_up(port: int, model: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Start a server that goes on after this command, ready when it returns."""
+    from insightedit.serve import deployment
+
+    settings = _serve_settings(overrides)
+    if not dry_run:
+        click.echo("Starting the server ...", err=True)
+    status = deployment.up(_workdir(), model, port, settings, dry_run=dry_run)
+    _emit(status, as_json, lambda: _show_server(status))
+
+
+def _serve_settings(overrides: Sequence[str]) -> Any:
+    """The server's settings with `section.key=value` laid over them."""
+    import yaml
+    from pydantic import ValidationError
+
+    from insightedit.serve.settings import ServeSettings
+
+    content: dict[str, Any] = {}
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        *sections, last = name.split(".")
+        if not separator or not last:
+            raise UsageError(f"--set {override} is not of the form section.key=value.")
+        place = content
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = yaml.safe_load(text)
+    defaults = ServeSettings().model_dump()
+    for key, value in content.items():
+        below = defaults.get(key)
+        defaults[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
+    try:
+        return ServeSettings.model_validate(defaults)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UsageError(f"--set {field} is wrong for the server: {first['msg']}.") from None
+
+
+@serve.command("status")
+@json_option
+def serve_status(as_json: bool) -> None:
+    """Say whether a server is up, where, and with which version."""
+    from insightedit.serve import deployment
+
+    status = deployment.status(_workdir())
+    _emit(status, as_json, lambda: _show_server(status))
+
+
+@serve.command("down")
+@dry_run_option
+@json_option
+def serve_down(dry_run: bool, as_json: bool) -> None:
+    """Stop the server, after the edits it has in hand."""
+    from insightedit.serve import deployment
+
+    status = deployment.status(_workdir()) if dry_run else deployment.down(_workdir())
+    _emit(status, as_json, lambda: _show_server(status))
+
+
+# -- editing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Edited:
+    """What `edit` reports."""
+
+    out: Path
+    sha256: str
+    """Of the file that was written."""
+    model_version: str
+    seed: int
+    seconds: float
+
+
+@cli.command()
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("instruction")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .png, .jpg or .webp.")
+@click.option("--model", metavar="VERSION", help="A number or an alias; the champion, or the server's own, without it.")
+@click.option("--server", metavar="URL", help="Let this server do it instead of this machine.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Fixes the noise; without it one is drawn and named.")
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps; the model's own without it.")
+@click.option("--guidance-scale", type=click.FloatRange(0, 100), help="Weight of the instruction.")
+@click.option("--image-guidance-scale", type=click.FloatRange(0, 100), help="Weight of the source image.")
+@click.option("--negative-prompt", help="What to keep away from.")
+@json_option
+def edit(image: Path, instruction: str, out: Path, server: str | None, as_json: bool, **settings: Any) -> None:
+    """Edit IMAGE by an INSTRUCTION."""
+    file_format = _format_of(out)
+    settings["num_inference_steps"] = settings.pop("steps")
+    contents = _read(image)
+    begun = time.perf_counter()
+    if server:
+        from insightedit.serve.client import edit_over_http
+
+        answer = edit_over_http(server, contents, instruction, output_format=file_format, **settings)
+        encoded, version, seed = answer.image, answer.model_version, answer.seed
+    else:
+        encoded, version, seed = _edit_here(contents, instruction, file_format, **settings)
+    _write(out, encoded)
+    digest = hashlib.sha256(encoded).hexdigest()
+    seconds = round(time.perf_counter() - begun, 3)
+    result = Edited(out=out, sha256=digest, model_version=version, seed=seed, seconds=seconds)
+    _emit(result, as_json, lambda: [f"{out}: edited by version {version} with seed {seed} in {seconds:.1f} s"])
+
+
+def _edit_here(
+    contents: bytes, instruction: str, file_format: Any, *, model: str | None, seed: int | None, **settings: Any
+) -> tuple[bytes, str, int]:
+    """Edit in this process, in exact mode, as a server would: the same request gives the same file.
+
+    Returns:
+        The encoded image, the version and the seed that made it.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from insightedit.model.pipeline import load_pipeline
+    from insightedit.platform.registry import Registry
+    from insightedit.serve.schema import SEED_LIMIT, ApiError
+    from insightedit.serve.settings import Limits
+    from insightedit.serve.uploads import decode_upload, encode_image
+
+    registry = Registry(_workdir())
+    version = registry.resolve(model or "champion")
+    seed = secrets.randbelow(SEED_LIMIT) if seed is None else seed
+    try:
+        source = Image.fromarray(decode_upload(contents, Limits()))
+        pipeline = load_pipeline(registry.fetch(version))
+        generator = torch.Generator().manual_seed(seed)
+        output: Any = pipeline(instruction, source, generator=generator, exact=True, **settings)
+    except ApiError as error:
+        raise UsageError(error.message) from None
+    except ValueError as error:
+        raise UsageError(f"The edit is not possible: {error}") from None
+    return encode_image(np.asarray(output.images[0]), file_format), version.version, seed
+
+
+def _format_of(out: Path) -> str:
+    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    if out.suffix.lower() not in formats:
+        raise UsageError(f"--out {out} must end in {', '.join(formats)}.")
+    return formats[out.suffix.lower()]
+
+
+def _read(image: Path) -> bytes:
+    try:
+        return image.read_bytes()
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no image {image}; name a PNG, JPEG or WebP file.") from None
+    except OSError as error:
+        raise UsageError(f"{image} cannot be read ({error.strerror}); name a PNG, JPEG or WebP file.") from None
+
+
+def _write(out: Path, contents: bytes) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(contents)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}.") from None
+
+
+# -- running it all -------------------------------------------------------------------------------------------------
+
+
+def run(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911  (one for each way to end)
+    """Run a command.
+
+    Args:
+        arguments: what stands after `insightedit`; the process's own without it.
+
+    Returns:
+        The exit code: 0, 1 failed, 2 wrong use, 3 a gate refused, 4 not found, 5 cluster not reached, 130 interrupted.
+    """
+    session = Session()
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        result = cli.main(arguments, prog_name="insightedit", standalone_mode=False, obj=session)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("Interrupted.", INTERRUPTED)
+    except InsightEditError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        return 1  # Whoever read the results has heard enough.
+    except Exception as error:  # noqa: BLE001  (people get a sentence, whoever mends it the traceback)
+        return _fail(f"{_one_line(error)} This is a fault of insightedit; details are in {_write_down(session)}.", 1)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"Error: {message}", err=True)
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}." if text else f"{type(error).__name__}."
+
+
+def _write_down(session: Session) -> Path:
+    """Write the traceback being handled to the work folder's logs, or where that fails to a temporary folder."""
+    try:
+        folder = Workdir.open(session.folder).logs
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, InsightEditError):
+        folder = Path(tempfile.mkdtemp(prefix="insightedit-"))
+    file = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    file.write_text(f"{' '.join(sys.argv)}\n{traceback.format_exc()}")
+    return file
+
+
+def main() -> None:
+    """The `insightedit` command."""
+    sys.exit(run())
