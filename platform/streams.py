@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
 from ray.data import DataIterator, Dataset, Datasource
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
@@ -125,6 +127,20 @@ def _read_block(stream: StageStream, first_step: int, rank: int, world: int) -> 
     return [BlockAccessor.batch_to_arrow_block(cast(Any, arrays))]
 
 
+class _Unhurried(ExecutionCallback):
+    """Lets Ray Data's scheduling loop rest between its rounds.
+
+    Whenever workers have enough batches waiting the loop would spin, and take a core from them on a small machine.
+    """
+
+    SECONDS = 0.02
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Rest after one round."""
+        del executor
+        time.sleep(self.SECONDS)
+
+
 def stream_dataset(stream: StageStream, start_step: int, world: int) -> Dataset:
     """The stage's samples from a step on, blocks of the ranks in turn."""
     source = _BlockSource(stream, start_step, world)
@@ -135,6 +151,7 @@ def stream_dataset(stream: StageStream, start_step: int, world: int) -> Dataset:
     # Order makes the split exact. A block must stay whole, whatever its size.
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = None
+    dataset.context.custom_execution_callback_classes = [_Unhurried]
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     return dataset

@@ -64,6 +64,9 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     plan: TrainingPlan = settings["plan"]
     os.environ["OMP_NUM_THREADS"] = str(plan.config.workers.threads)
     torch.set_num_threads(plan.config.workers.threads)
+    if not plan.config.workers.gpus:
+        # On a CPU PyTorch's fused attention takes several times as long in bf16 as plain products, backwards above all.
+        torch.backends.cuda.enable_flash_sdp(False)
     for number in settings["stages"]:
         # After a restart, earlier stages may be done already. All ranks must see the same.
         if not _from_first([plan.stage_folder(number).joinpath(RESULT_NAME).is_file()]):
