@@ -23,7 +23,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
-from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection, LlavaProcessor
 
 from insightedit.jobs import foundation_parts as parts
@@ -39,11 +38,11 @@ class FoundationRecipe:
     """How the foundation is trained."""
 
     seed: int = 0
-    scenes: int = 24_000
-    vae: Fit = field(default_factory=lambda: Fit(steps=2400, batch=64, learning_rate=3e-3))
-    clip: Fit = field(default_factory=lambda: Fit(steps=900, batch=128, learning_rate=1e-3, weight_decay=0.05))
-    unet: Fit = field(default_factory=lambda: Fit(steps=1600, batch=48, learning_rate=1.5e-3))
-    mllm: Fit = field(default_factory=lambda: Fit(steps=2400, batch=32, learning_rate=1.5e-3, weight_decay=0.01))
+    scenes: int = 48_000
+    vae: Fit = field(default_factory=lambda: Fit(steps=2600, batch=64, learning_rate=6e-3))
+    clip: Fit = field(default_factory=lambda: Fit(steps=1200, batch=128, learning_rate=2e-3, weight_decay=0.05))
+    unet: Fit = field(default_factory=lambda: Fit(steps=2800, batch=48, learning_rate=3e-3))
+    mllm: Fit = field(default_factory=lambda: Fit(steps=9000, batch=16, learning_rate=3e-3, weight_decay=0.01))
     validation_scenes: int = 256
 
     def scaled(self, share: float) -> FoundationRecipe:
@@ -114,6 +113,8 @@ def build_foundation(out: Path, recipe: FoundationRecipe, progress: Progress) ->
 
 def _begin(seed: int) -> None:
     torch.set_num_threads(1)
+    # On a CPU in bf16 PyTorch's fused attention takes four times as long as plain products, most of all backwards.
+    torch.backends.cuda.enable_flash_sdp(enabled=False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(seed)
     transformers.logging.disable_progress_bar()
@@ -142,16 +143,19 @@ def _build_images(out: Path, recipe: FoundationRecipe) -> dict[str, Any]:
     parts.image_processor().save_pretrained(out / "image_encoder")
     text_encoder = _stored(text_encoder, out / "diffusion" / "text_encoder")
     unet = parts.train_unet(pictures, vae, text_encoder, tokenizer, recipe.unet, _say)
-    StableDiffusionPipeline(
-        vae=vae.half(),
-        text_encoder=text_encoder.half(),
-        tokenizer=tokenizer,
-        unet=unet.half(),
-        scheduler=parts.noise_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(out / "diffusion")
+    unet = unet.half()
+    parts.quieten(unet)
+    members: dict[str, Any] = {
+        "vae": vae.half(),
+        "text_encoder": text_encoder.half(),
+        "tokenizer": tokenizer,
+        "unet": unet,
+        "scheduler": parts.noise_scheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    StableDiffusionPipeline(**members).save_pretrained(out / "diffusion")
     pipeline = StableDiffusionPipeline.from_pretrained(out / "diffusion", dtype=torch.float32)
     quality["unet"] = unet_quality(pipeline, clip, tokenizer, held_out)
     _say(f"unet: {quality['unet']}")
@@ -168,7 +172,7 @@ def _build_mllm(out: Path, recipe: FoundationRecipe) -> dict[str, Any]:
     processor = LlavaProcessor(
         image_processor=parts.image_processor(),
         tokenizer=tokenizer,
-        patch_size=parts.VISION["patch_size"],
+        patch_size=parts.CHAT_VISION["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=parts.CHAT_TEMPLATE,
@@ -182,8 +186,9 @@ def _build_mllm(out: Path, recipe: FoundationRecipe) -> dict[str, Any]:
 
 def _towers(clip: CLIPModel) -> tuple[CLIPTextModel, CLIPVisionModelWithProjection]:
     """CLIP's two towers as the models that Stable Diffusion and InsightEdit load."""
-    text = CLIPTextModel(clip.config.text_config)
-    vision = CLIPVisionModelWithProjection(clip.config.vision_config)
+    config: Any = clip.config
+    text = CLIPTextModel(config.text_config)
+    vision = CLIPVisionModelWithProjection(config.vision_config)
     for tower, prefix in ((text, "text_model."), (vision, "")):
         own = clip.state_dict()
         names = list(tower.state_dict())
@@ -194,7 +199,7 @@ def _towers(clip: CLIPModel) -> tuple[CLIPTextModel, CLIPVisionModelWithProjecti
 
 def _stored(module: Any, folder: Path) -> Any:
     """Write a part in half precision and open it again in single, so that all that follows sees what is shipped."""
-    nn.Module.half(module).save_pretrained(folder)
+    module.half().save_pretrained(folder)
     return type(module).from_pretrained(folder, dtype=torch.float32).eval()
 
 

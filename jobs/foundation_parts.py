@@ -33,17 +33,18 @@ from transformers import (
 from insightedit.model.encoders import encode_text
 from insightedit.platform.datasets.shapes import (
     Scene,
+    description,
     question_answer,
     render,
     sample_edit,
     sample_scene,
+    shape_masks,
     short_caption,
     statements,
     vocabulary_corpus,
 )
 
 TEXT_LENGTH = 24
-NUM_PATCHES = 64
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>")
 DESCRIBE = "describe the picture"
 CHAT_TEMPLATE = (
@@ -60,6 +61,12 @@ VISION = {
     "patch_size": 4,
     "projection_dim": 128,
 }
+CHAT_VISION: dict[str, Any] = {**VISION, "patch_size": 8, "num_hidden_layers": 6}
+"""The language model's own tower: larger patches make shorter rows, which it learns from faster."""
+NUM_PATCHES = (32 // 8) ** 2
+SMALLEST_INNER = 16
+QUIET = 0.125
+"""Of the UNet's residual stream; a power of two keeps every bit."""
 
 Progress = Callable[[str], None]
 
@@ -98,50 +105,88 @@ class Pictures:
 
 
 def fit(module: nn.Module, how: Fit, loss_of: Callable[[int], Tensor], name: str, progress: Progress) -> None:
-    """Train a module: one loss a step, AdamW, clipped gradients, bf16 autocast."""
+    """Train a module: one loss a step, clipped gradients, bf16 autocast."""
     module.train()
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=how.weight_decay)
+    optimizer = _Optimizer(module, how)
     for step in range(how.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = how.rate(step)
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(step)
-        optimizer.zero_grad()
+        module.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        optimizer.step(how.rate(step))
         if (step + 1) % max(how.steps // 20, 1) == 0:
             progress(f"{name}: step {step + 1} of {how.steps}, loss {loss.item():.4f}")
     module.eval()
 
 
+class _Optimizer:
+    """Muon for matrices and convolutions, which learn in far fewer steps by it; AdamW for all else."""
+
+    def __init__(self, module: nn.Module, how: Fit) -> None:
+        inner = {name: p for name, p in module.named_parameters() if _is_inner(name, p)}
+        rest = [p for name, p in module.named_parameters() if p.requires_grad and name not in inner]
+        # Muon takes matrices only: a convolution is one of its outputs by all that each of them sees.
+        self._matrices = [(p, p.detach().view(len(p), -1)) for p in inner.values()]
+        self._optimizers = [
+            torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=how.weight_decay, fused=True),
+            torch.optim.Muon(
+                [matrix for _, matrix in self._matrices],
+                weight_decay=how.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+        ]
+
+    def step(self, rate: float) -> None:
+        """Take a step at a learning rate."""
+        for parameter, matrix in self._matrices:
+            matrix.grad = None if parameter.grad is None else parameter.grad.view_as(matrix)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+
+
+def _is_inner(name: str, parameter: Tensor) -> bool:
+    """Whether a weight lies between a model's inputs and outputs: no embedding, no head, nothing small."""
+    if not parameter.requires_grad or parameter.ndim < 2 or "embed" in name or "lm_head" in name:
+        return False
+    return min(len(parameter), parameter[0].numel()) >= SMALLEST_INNER
+
+
 # -- VAE ---------------------------------------------------------------------------------------------------------
 
 
-def train_vae(pictures: Pictures, how: Fit, progress: Progress) -> AutoencoderKL:
+def train_vae(pictures: Pictures, how: Fit, progress: Progress) -> Any:
     """An autoencoder of 32 x 32 pictures to 4 x 8 x 8 latents, its scaling factor set to their spread."""
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=16,
-        latent_channels=4,
-        mid_block_add_attention=False,
-        sample_size=32,
-    )
+    shape: dict[str, Any] = {
+        "block_out_channels": (16, 32, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 16,
+        "latent_channels": 4,
+        "mid_block_add_attention": False,
+        "sample_size": 32,
+    }
+    vae: Any = AutoencoderKL(**shape)
+
+    # Most of a picture is ground; a shape's pixels count more, so that its edges become sharp.
+    covered = torch.from_numpy(np.stack([np.logical_or.reduce(shape_masks(scene)) for scene in pictures.scenes]))
 
     def loss_of(_step: int) -> Tensor:
-        pixels = pictures.pixels[torch.randint(len(pictures.pixels), (how.batch,))].float() / 127.5 - 1
+        rows = torch.randint(len(pictures.pixels), (how.batch,))
+        pixels = pictures.pixels[rows].float() / 127.5 - 1
+        weights = 1 + 3 * covered[rows].float().unsqueeze(1)
         posterior = vae.encode(pixels).latent_dist
         mean = posterior.mean.float()
         # Noise of a fixed size makes the latents smooth, as the UNet will not hit them exactly; the log-variance is
         # only kept where it will be small.
-        decoded = vae.decode(mean + 0.05 * torch.randn_like(mean)).sample.float()
+        decoded = vae.decode(mean + 0.03 * torch.randn_like(mean)).sample.float()
         error = decoded - pixels
         shape = 1e-3 * mean.square().mean() + 1e-4 * (posterior.logvar.float() + 6).square().mean()
-        return error.abs().mean() + 2 * error.square().mean() + shape
+        return (weights * (error.abs() + 2 * error.square())).mean() / weights.mean() + shape
 
     fit(vae, how, loss_of, "vae", progress)
     with torch.no_grad():
@@ -244,7 +289,7 @@ def noise_scheduler() -> DDIMScheduler:
 
 def train_unet(
     pictures: Pictures,
-    vae: AutoencoderKL,
+    vae: Any,
     text_encoder: CLIPTextModel,
     tokenizer: PreTrainedTokenizerFast,
     how: Fit,
@@ -269,7 +314,7 @@ def train_unet(
         chunks = [captions[start : start + 256] for start in range(0, len(captions), 256)]
         states = torch.cat([encode_text(text_encoder, tokenizer, chunk) for chunk in chunks])
         nothing = encode_text(text_encoder, tokenizer, [""])
-    noising = DDPMScheduler.from_config(noise_scheduler().config)
+    noising: Any = DDPMScheduler.from_config(noise_scheduler().config)
 
     def loss_of(_step: int) -> Tensor:
         rows = torch.randint(len(latents), (how.batch,))
@@ -282,6 +327,22 @@ def train_unet(
 
     fit(unet, how, loss_of, "unet", progress)
     return unet
+
+
+@torch.no_grad()
+def quieten(unet: UNet2DConditionModel, factor: float = QUIET) -> None:
+    """Scale a trained UNet's residual stream, in place, without changing what it computes.
+
+    Muon leaves large weights, on which AdamW's steps of a fixed size change little: such a UNet learnt to keep its
+    source image three times slower than one from random weights. Whatever reads the stream normalises it first, so all
+    that writes to it may be scaled together, and so may what a block writes before its own normalisation.
+    """
+    writes = ("conv_in.weight", "conv_in.bias")
+    inside = (".conv1.", ".conv2.", ".time_emb_proj.", ".proj_out.")
+    biases = (".conv_shortcut.bias", "samplers.0.conv.bias")
+    for name, parameter in unet.named_parameters():
+        if name in writes or any(part in name for part in inside) or name.endswith(biases):
+            parameter.mul_(factor)
 
 
 # -- language model ----------------------------------------------------------------------------------------------
@@ -297,7 +358,7 @@ def train_mllm(
     language = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=160,
-        intermediate_size=400,
+        intermediate_size=320,
         num_hidden_layers=4,
         num_attention_heads=5,
         num_key_value_heads=5,
@@ -305,51 +366,84 @@ def train_mllm(
         bos_token_id=1,
         eos_token_id=2,
     )
-    mllm = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**VISION),
-            text_config=language,
-            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-            image_seq_length=NUM_PATCHES,
-        )
-    )
+    shape: dict[str, Any] = {
+        "vision_config": CLIPVisionConfig(**CHAT_VISION),
+        "text_config": language,
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "image_seq_length": NUM_PATCHES,
+    }
+    mllm = LlavaForConditionalGeneration(LlavaConfig(**shape))
     rng = random.Random(3)
 
     def loss_of(_step: int) -> Tensor:
         rows = torch.randint(len(pictures.pixels), (how.batch,))
-        ids, labels = _chat_rows([pictures.scenes[row] for row in rows], tokenizer, rng)
-        logits = mllm(input_ids=ids, pixel_values=normalised(pictures.pixels[rows])).logits[:, :-1]
-        learnt = labels[:, 1:] >= 0
-        return F.cross_entropy(logits[learnt].float(), labels[:, 1:][learnt])
+        chat = ChatRows.pack([_questions(pictures.scenes[row], rng) for row in rows], tokenizer)
+        states = mllm.model(
+            input_ids=chat.ids,
+            position_ids=chat.positions,
+            attention_mask=chat.mask.to(torch.bfloat16),
+            pixel_values=normalised(pictures.pixels[rows]),
+            use_cache=False,
+        ).last_hidden_state[:, :-1]
+        learnt = chat.labels[:, 1:] >= 0
+        return F.cross_entropy(mllm.lm_head(states[learnt]).float(), chat.labels[:, 1:][learnt])
 
     fit(mllm, how, loss_of, "mllm", progress)
     return mllm
 
 
-def _chat_rows(
-    scenes: list[Scene], tokenizer: PreTrainedTokenizerFast, rng: random.Random, questions: int = 6
-) -> tuple[Tensor, Tensor]:
-    """Token ids and labels (B, L) of rows of questions and answers; labels are -1 where nothing is learnt."""
-    user, assistant, line, image, end = (
-        tokenizer(text, add_special_tokens=False).input_ids
-        for text in ("USER:", " ASSISTANT:", "\n", "<image>" * NUM_PATCHES, "</s>")
-    )
-    rows: list[tuple[list[int], list[int]]] = []
-    for scene in scenes:
-        pairs = [question_answer(scene, rng) for _ in range(questions)]
-        if rng.random() < 0.4:
-            pairs.insert(rng.randrange(3), (DESCRIBE, short_caption(scene, rng)))
-        encoded = [tokenizer(list(texts), add_special_tokens=False).input_ids for texts in zip(*pairs, strict=True)]
-        ids = [tokenizer.bos_token_id, *user, *image]
-        labels = [-1] * len(ids)
-        for number, (question, answer) in enumerate(zip(*encoded, strict=True)):
-            asked = [*(user if number else []), *line, *question, *assistant]
-            ids += [*asked, *answer, *end]
-            labels += [*[-1] * len(asked), *answer, *end]
-        rows.append((ids, labels))
-    length = max(len(ids) for ids, _ in rows)
-    padded_ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in rows])
-    padded_labels = torch.tensor([labels + [-1] * (length - len(labels)) for _, labels in rows])
-    return padded_ids, padded_labels
+def _questions(scene: Scene, rng: random.Random, count: int = 6) -> list[tuple[str, str]]:
+    """Questions about a scene with their answers; now and then one asks for a description."""
+    pairs = [question_answer(scene, rng) for _ in range(count)]
+    if rng.random() < 0.4:
+        pairs[0] = DESCRIBE, description(scene)
+    return pairs
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRows:
+    """Rows of one picture and several questions.
+
+    Each question sees the picture and itself only, at the positions that it has when it is alone: a row teaches just
+    what as many rows of one question would.
+    """
+
+    ids: Tensor
+    """int64 (B, L)."""
+    labels: Tensor
+    """int64 (B, L); -1 where nothing is learnt."""
+    positions: Tensor
+    """int64 (B, L)."""
+    mask: Tensor
+    """float32 (B, 1, L, L), added to attention's logits."""
+
+    @classmethod
+    def pack(cls, rows: list[list[tuple[str, str]]], tokenizer: PreTrainedTokenizerFast) -> ChatRows:
+        """Pack questions and answers, a list for each picture."""
+        user, assistant, line, image, end = (
+            list[int](tokenizer(text, add_special_tokens=False).input_ids)
+            for text in ("USER:", " ASSISTANT:", "\n", "<image>" * NUM_PATCHES, "</s>")
+        )
+        head = [SPECIAL_TOKENS.index("<s>"), *user, *image]
+        packed: list[list[list[int]]] = []
+        for pairs in rows:
+            ids, labels, positions, owners = [*head], [-1] * len(head), [*range(len(head))], [0] * len(head)
+            questions, answers = (
+                tokenizer(list(texts), add_special_tokens=False).input_ids for texts in zip(*pairs, strict=True)
+            )
+            for owner, (question, answer) in enumerate(zip(questions, answers, strict=True), 1):
+                asked, told = [*line, *question, *assistant], [*answer, *end]
+                ids += [*asked, *told]
+                labels += [*[-1] * len(asked), *told]
+                positions += range(len(head), len(head) + len(asked) + len(told))
+                owners += [owner] * (len(asked) + len(told))
+            packed.append([ids, labels, positions, owners])
+        ids, labels, positions, owners = (
+            nn.utils.rnn.pad_sequence([torch.tensor(row[part]) for row in packed], True, filler)
+            for part, filler in enumerate((0, -1, 0, -1))
+        )
+        seen = (owners[:, :, None] == owners[:, None]) | (owners[:, None] == 0)
+        seen &= torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        return cls(ids, labels, positions, torch.zeros(seen.shape).masked_fill(~seen, -1e9)[:, None])

@@ -7,6 +7,7 @@ P the projected CLIP width, G x G the image encoder's patch grid, W its width, C
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -43,6 +44,8 @@ class QFormer(ModelMixin, ConfigMixin):
             encoder_hidden_size=encoder_hidden_size,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
+            # BERT's 0.02 is for its own width; in a narrow model it leaves attention uniform and hardly learning.
+            initializer_range=hidden_size**-0.5,
         )
         self.layers = Blip2QFormerModel(config)
 
@@ -71,22 +74,21 @@ class BidirectionalInteraction(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.text_in = nn.Linear(text_size, width)
-        self.transformer = SamTwoWayTransformer(
-            SamMaskDecoderConfig(
-                hidden_size=width,
-                num_hidden_layers=num_layers,
-                num_attention_heads=num_heads,
-                mlp_dim=mlp_size,
-                hidden_act="relu",
-                attention_downsample_rate=2,
-                attn_implementation="sdpa",
-            )
-        )
+        shape: dict[str, Any] = {
+            "hidden_size": width,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "mlp_dim": mlp_size,
+            "hidden_act": "relu",
+            "attention_downsample_rate": 2,
+            "attn_implementation": "sdpa",
+        }
+        self.transformer = SamTwoWayTransformer(SamMaskDecoderConfig(**shape))
         self.text_out = nn.Linear(width, text_size)
         self.spatial_out = nn.Conv2d(width, spatial_channels, kernel_size=1)
         for layer in (self.text_out, self.spatial_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
         # Random Fourier features of the patch positions, drawn once and kept with the weights.
         self.frequencies = nn.Buffer(torch.randn(2, width // 2))
 

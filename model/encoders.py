@@ -53,12 +53,14 @@ class FrozenEncoders(nn.Module):
         image_processor: Any,
     ) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
         self.text_encoder = text_encoder
-        self.image_encoder = image_encoder
+        self.image_encoder: Any = image_encoder
         self.tokenizer = tokenizer
-        for name, values in (("mean", image_processor.image_mean), ("std", image_processor.image_std)):
-            setattr(self, name, nn.Buffer(torch.tensor(values).view(1, 3, 1, 1), persistent=False))
+        self.mean, self.std = (
+            nn.Buffer(torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+            for values in (image_processor.image_mean, image_processor.image_std)
+        )
         self.requires_grad_(False)
         self.eval()
 

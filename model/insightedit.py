@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
@@ -34,17 +34,18 @@ def build_pipeline(config: ModelConfig) -> InsightEditPipeline:
 
     Own parts follow torch's random state. The UNet gets eight input channels, the new ones zero.
     """
-    float32 = {"dtype": torch.float32}
+    float32: Any = {"dtype": torch.float32}
     diffusion = _load_diffusion(config.sources.diffusion)
-    image_encoder = CLIPVisionModelWithProjection.from_pretrained(config.sources.image_encoder, **float32)
-    mllm = AutoModelForImageTextToText.from_pretrained(config.sources.mllm, **float32)
+    image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(config.sources.image_encoder, **float32)
+    mllm: Any = AutoModelForImageTextToText.from_pretrained(config.sources.mllm, **float32)
     text = diffusion["text_encoder"].config
     width = mllm.get_input_embeddings().weight.shape[1]
-    unet = InsightEditUNet.from_unet(diffusion["unet"], in_channels=2 * diffusion["vae"].config.latent_channels)
+    unet = InsightEditUNet.from_unet(diffusion.pop("unet"), in_channels=2 * diffusion["vae"].config.latent_channels)
     mm_tokens = MultimodalTokens(config.num_mm_tokens, width)
     mm_tokens.start_from(mllm)
     return InsightEditPipeline(
-        **{**diffusion, "unet": unet},
+        **diffusion,
+        unet=unet,
         image_encoder=image_encoder,
         image_processor=AutoImageProcessor.from_pretrained(config.sources.image_encoder),
         mllm=mllm,
@@ -128,7 +129,7 @@ class InsightEditModel(nn.Module):
             self.null_text = nn.Buffer(encode_text(pipeline.text_encoder, pipeline.tokenizer, [""]))
         vae: AutoencoderKL = pipeline.vae
         self.latent_scale = float(vae.config["scaling_factor"])
-        self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.noise_scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.query_variance = torch.zeros(())
         # Not a submodule: the frozen encoders are no part of what is trained and kept in checkpoints.
         object.__setattr__(self, "_pipeline", pipeline)
@@ -143,7 +144,7 @@ class InsightEditModel(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, LossTerm]:
         """The losses of a stage's equation, by their names in the seed."""
-        inputs = {name: x for name, x in batch.items() if name not in _OWN_INPUTS}
+        inputs = _unpadded({name: x for name, x in batch.items() if name not in _OWN_INPUTS})
         around = hidden_states(self.mllm, self.mm_tokens, inputs)
         states = around[:, 1:]
         queries = self.qformer(states)
@@ -204,10 +205,9 @@ class InsightEditModel(nn.Module):
         Args:
             image_branch: whether f_img takes part: True once stage 3 has trained it.
         """
-        own: InsightEditPipeline = self._pipeline
+        own = cast(InsightEditPipeline, self._pipeline)
         parts = {name: part for name, part in own.components.items() if name != "mllm"}
-        settings = {**_settings(own), "image_branch": image_branch}
-        result = InsightEditPipeline(**parts, mllm=without_lora(self.mllm), **settings)
+        result = InsightEditPipeline(**parts, mllm=without_lora(self.mllm), **_settings(own), image_branch=image_branch)
         result.set_progress_bar_config(disable=True)
         return result
 
@@ -229,6 +229,12 @@ _OWN_INPUTS = frozenset(
         "position",
     }
 )
+
+
+def _unpadded(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rows as long as the longest needs: nothing attends to the padding behind them, but it would take its time."""
+    length = int(inputs["attention_mask"].sum(dim=1).max())
+    return {name: x[:, :length] if name in ("input_ids", "attention_mask") else x for name, x in inputs.items()}
 
 
 class Draws(NamedTuple):

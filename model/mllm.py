@@ -8,7 +8,7 @@ loads can be used as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,8 +37,8 @@ class MultimodalTokens(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def start_from(self, mllm: PreTrainedModel) -> None:
         """Begin at the mean of the frozen vocabulary's rows, each token a little apart from the others."""
-        output = mllm.get_output_embeddings()
-        pairs = ((self.input_rows, mllm.get_input_embeddings()), (self.output_rows, output))
+        input_rows, output_rows = mllm.get_input_embeddings(), _head(mllm)
+        pairs: Any = ((self.input_rows, input_rows), (self.output_rows, output_rows))
         for rows, vocabulary in pairs:
             known = vocabulary.weight.float()
             rows.weight.copy_(known.mean(dim=0) + 0.5 * known.std() * torch.randn_like(rows.weight))
@@ -48,7 +48,7 @@ class MultimodalTokens(ModelMixin, ConfigMixin):
         return start[:, None] + torch.arange(self.config["num_tokens"], device=start.device)
 
     @contextmanager
-    def inserted(self, mllm: PreTrainedModel, start: Tensor) -> Iterator[None]:
+    def inserted(self, mllm: PreTrainedModel, start: Tensor) -> Generator[None]:
         """Put the input rows into the embedding's output at positions `start` (B,) and on."""
         positions = self.positions(start)
 
@@ -88,7 +88,14 @@ def hidden_states(mllm: PreTrainedModel, tokens: MultimodalTokens, inputs: Mappi
 
 def token_logits(mllm: PreTrainedModel, tokens: MultimodalTokens, states: Tensor) -> Tensor:
     """Logits (B, r, V + r) of the frozen vocabulary and the [MM] tokens side by side, from states (B, r, H)."""
-    return torch.cat([mllm.get_output_embeddings()(states), tokens.output_rows(states)], dim=-1)
+    return torch.cat([_head(mllm)(states), tokens.output_rows(states)], dim=-1)
+
+
+def _head(mllm: PreTrainedModel) -> nn.Module:
+    head = mllm.get_output_embeddings()
+    if head is None:
+        raise ValueError("model.sources.mllm has no output embeddings; choose a model that writes text.")
+    return head
 
 
 def add_lora(mllm: PreTrainedModel, config: LoraConfig) -> None:

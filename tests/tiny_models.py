@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -101,19 +102,20 @@ def _save_diffusion(folder: Path, prediction_type: str) -> None:
         attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    )  # fmt: skip
+    blocks: Any = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    widths: Any = (8, 8, 8)
+    vae = AutoencoderKL(block_out_channels=widths, norm_num_groups=4, layers_per_block=1, latent_channels=4, **blocks)
     zero_snr = prediction_type == "v_prediction"
+    prediction: Any = prediction_type
     scheduler = DDIMScheduler(
-        prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing",
+        prediction_type=prediction, clip_sample=False, timestep_spacing="trailing",
         beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_snr,
     )  # fmt: skip
-    StableDiffusionPipeline(
-        vae=vae, unet=unet, text_encoder=CLIPTextModel(text), tokenizer=_tokenizer(TEXT_LENGTH), scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+    members: dict[str, Any] = {
+        "vae": vae, "unet": unet, "text_encoder": CLIPTextModel(text), "tokenizer": _tokenizer(TEXT_LENGTH),
+        "scheduler": scheduler, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
+    }  # fmt: skip
+    StableDiffusionPipeline(**members).save_pretrained(folder)
 
 
 def _save_mllm(folder: Path, vision: CLIPVisionConfig) -> None:
@@ -122,11 +124,11 @@ def _save_mllm(folder: Path, vision: CLIPVisionConfig) -> None:
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=language, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2, image_seq_length=16,
-    )  # fmt: skip
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    config: dict[str, Any] = {
+        "vision_config": vision, "text_config": language, "image_seq_length": 16, "vision_feature_layer": -2,
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+    }  # fmt: skip
+    LlavaForConditionalGeneration(LlavaConfig(**config)).save_pretrained(folder)
     LlavaProcessor(
         image_processor=_image_processor(), tokenizer=tokenizer, patch_size=4, chat_template=CHAT_TEMPLATE,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,

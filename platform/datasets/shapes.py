@@ -14,7 +14,14 @@ from typing import ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from insightedit.platform.datasets.shapes_edits import Edit, sample_edit, vocabulary_corpus
-from insightedit.platform.datasets.shapes_language import question_answer, short_caption, statements
+from insightedit.platform.datasets.shapes_language import (
+    description,
+    plain_question,
+    question_answer,
+    reasoning_question,
+    short_caption,
+    statements,
+)
 from insightedit.platform.datasets.shapes_world import (
     SPLITS,
     Ground,
@@ -40,8 +47,11 @@ __all__ = [
     "Split",
     "Wording",
     "caption_records",
+    "description",
     "edit_records",
+    "plain_question",
     "question_answer",
+    "reasoning_question",
     "render",
     "sample_edit",
     "sample_scene",

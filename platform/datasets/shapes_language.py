@@ -432,7 +432,7 @@ KIND_FORMS: Final[dict[str, Callable[[Scene], Iterator[KindPhrase]]]] = {"new_ki
 
 
 def short_caption(scene: Scene, rng: random.Random) -> str:
-    """Describe every shape, in any order: "large red circle top left, small blue star middle"."""
+    """Describe every shape, in any order."""
     return ", ".join(describe(shape) for shape in rng.sample(scene.shapes, len(scene.shapes)))
 
 
@@ -450,12 +450,25 @@ def statements(scene: Scene, rng: random.Random, n: int) -> list[str]:
 
 
 def question_answer(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Ask about a scene; most questions need reasoning."""
+    return (plain_question if rng.random() < 0.15 else reasoning_question)(scene, rng)
+
+
+def plain_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Ask what a name stands for: ("which is the red circle", "large red circle top left")."""
+    shape = rng.choice(scene.shapes)
+    return f"which is the {name(shape, scene)}", describe(shape)
+
+
+def reasoning_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """Ask what a phrase picks: ("which is the one that could roll", "large red circle top left")."""
-    if rng.random() < 0.15:
-        shape = rng.choice(scene.shapes)
-        return f"which is the {name(shape, scene)}", describe(shape)
     question, phrase, answer = _reference(scene, rng)
     return f"{question} is {phrase}", answer.replace("the ", "")
+
+
+def description(scene: Scene) -> str:
+    """Describe every shape in the order of the cells: "large red circle top left, small blue star middle"."""
+    return ", ".join(describe(shape) for shape in scene.shapes)
 
 
 def _reference(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
