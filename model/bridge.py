@@ -34,7 +34,8 @@ class QFormer(ModelMixin, ConfigMixin):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.queries = nn.Parameter(0.02 * torch.randn(1, num_queries, hidden_size))
+        # They are normalised first, so their size is only how slowly they move: small ones collapse into one.
+        self.queries = nn.Parameter(torch.randn(1, num_queries, hidden_size))
         config = Blip2QFormerConfig(
             hidden_size=hidden_size,
             num_hidden_layers=num_layers,
