@@ -113,7 +113,7 @@ def build_foundation(out: Path, recipe: FoundationRecipe, progress: Progress) ->
 
 def _begin(seed: int) -> None:
     torch.set_num_threads(1)
-    # On a CPU in bf16 PyTorch's fused attention takes four times as long as plain products, most of all backwards.
+    # On a CPU in bf16 PyTorch's fused attention takes two to three times as long as plain products.
     torch.backends.cuda.enable_flash_sdp(enabled=False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(seed)

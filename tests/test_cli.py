@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 import yaml
 from empty_registry import make_workdir
 from PIL import Image
-from tiny_models import build_sources, tiny_config
+from tiny_models import build_sources, tiny_config, write_tiny_preset
 
 from insightedit import cli
 from insightedit.model.insightedit import build_pipeline
@@ -431,20 +430,8 @@ def test_serve_says_what_it_would_do(insightedit: Any, work_with_a_model: Path) 
 
 @pytest.fixture
 def tiny_preset(tmp_path: Path) -> Path:
-    """A file that extends nano with tiny parts and a few steps of each stage."""
-    model = replace(tiny_config(build_sources(tmp_path / "sources")), prompt_length=256, resolution=32)
-    short = {"steps": 3, "global_batch": 8, "micro_batch": 4, "log_every": 1, "validate_every": 0, "precision": "fp32"}
-    content = {
-        "extends": "nano",
-        "name": "tiny",
-        "model": asdict(model),
-        "data": {"datasets": {name: {"options": {"count": 32}} for name in ("captions", "edits")}},
-        "stages": dict.fromkeys((1, 2, 3), short),
-        "evaluation": {"scenes": 4},
-    }
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(content))
-    return file
+    """Tiny parts and three steps of each stage."""
+    return write_tiny_preset(tmp_path, steps=3)
 
 
 @pytest.mark.slow

@@ -7,16 +7,14 @@ import json
 import re
 import socket
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 from rich.console import Console
-from tiny_models import build_sources, tiny_config
+from tiny_models import write_tiny_preset
 
 from insightedit.display import Display
 from insightedit.platform.config import EvaluationConfig, RunConfig, load_preset
@@ -32,20 +30,7 @@ from insightedit.serve import deployment
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """The nano preset with a tiny untrained foundation and a few steps of each stage."""
-    folder = tmp_path_factory.mktemp("tiny")
-    model = replace(tiny_config(build_sources(folder / "sources")), prompt_length=256, resolution=32)
-    short = {"steps": 4, "global_batch": 8, "micro_batch": 4, "log_every": 1, "validate_every": 0, "precision": "fp32"}
-    content = {
-        "extends": "nano",
-        "name": "tiny",
-        "model": asdict(model),
-        "data": {"datasets": {name: {"options": {"count": 32}} for name in ("captions", "edits")}},
-        "stages": dict.fromkeys((1, 2, 3), short),
-        "evaluation": {"scenes": 4},
-        "promotion": {"min_viescore": 0.0},
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path = write_tiny_preset(tmp_path_factory.mktemp("tiny"), steps=4, promotion={"min_viescore": 0.0})
     return load_preset(path)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -133,3 +135,28 @@ def _save_mllm(folder: Path, vision: CLIPVisionConfig) -> None:
         image_processor=_image_processor(), tokenizer=tokenizer, patch_size=4, chat_template=CHAT_TEMPLATE,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,
     ).save_pretrained(folder)  # fmt: skip
+
+
+def write_tiny_preset(folder: Path, *, steps: int, **sections: Any) -> Path:
+    """A file that extends nano with tiny parts and a few steps of each stage, and with other sections if given."""
+    model = replace(tiny_config(build_sources(folder / "sources")), prompt_length=256, resolution=32)
+    short = {
+        "steps": steps,
+        "global_batch": 8,
+        "micro_batch": 4,
+        "log_every": 1,
+        "validate_every": 0,
+        "precision": "fp32",
+    }
+    content = {
+        "extends": "nano",
+        "name": "tiny",
+        "model": asdict(model),
+        "data": {"datasets": {name: {"options": {"count": 32}} for name in ("captions", "edits")}},
+        "stages": dict.fromkeys((1, 2, 3), short),
+        "evaluation": {"scenes": 4},
+        **sections,
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
