@@ -193,7 +193,7 @@ def build_model(config: RunConfig) -> InsightEditModel:
     """The untrained model, as the workers build it."""
     torch.manual_seed(config.seed)
     model = config.model_sources()
-    return InsightEditModel(build_pipeline(model), model.lora)
+    return InsightEditModel(build_pipeline(model), model.lora, model.diffusion)
 
 
 def _numbers(config: RunConfig, stages: Sequence[int] | None) -> list[int]:

@@ -79,6 +79,30 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DiffusionConfig:
+    """What chance decides for a sample of the diffusion loss. The defaults are those of InstructPix2Pix."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    condition_drop: float = 0.05
+    """Share of the samples that lose the text alone, the source image alone, or both: three times this in all."""
+    high_noise: float = 1.0
+    """k of t = T (1 - (1 - u)^k) with u uniform in [0, 1): 1 draws all timesteps alike, more draws noisy ones more
+    often. There the instruction decides the picture; at low noise the noisy picture itself shows it."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        if not 0 <= self.condition_drop <= 1 / 3:
+            raise ValueError("condition_drop must be between 0 and a third")
+        if self.high_noise <= 0:
+            raise ValueError("high_noise must be more than 0; 1 draws all timesteps alike")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
     """What an edit uses where the caller says nothing. The defaults are those of InstructPix2Pix."""
 
@@ -105,4 +129,5 @@ class ModelConfig:
     bim: BimConfig = field(default_factory=BimConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

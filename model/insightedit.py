@@ -17,16 +17,13 @@ from transformers import (
 )
 
 from insightedit.model.bridge import BidirectionalInteraction, ImageAlignmentAdapter, QFormer
-from insightedit.model.configuration import LoraConfig, ModelConfig
+from insightedit.model.configuration import DiffusionConfig, LoraConfig, ModelConfig
 from insightedit.model.encoders import encode_text
 from insightedit.model.losses import LossTerm, mm_token_loss, squared_error
 from insightedit.model.mllm import MultimodalTokens, add_lora, hidden_states, token_logits, without_lora
 from insightedit.model.pipeline import InsightEditPipeline
 from insightedit.model.stages import STAGES, part_of
 from insightedit.model.unet import AttentionContext, InsightEditUNet
-
-CONDITION_DROP = 0.05
-"""InstructPix2Pix's training dropout: below it the text is dropped, below twice it both, below thrice the source."""
 
 
 def build_pipeline(config: ModelConfig) -> InsightEditPipeline:
@@ -110,12 +107,13 @@ class InsightEditModel(nn.Module):
     on how samples are spread over workers.
     """
 
-    def __init__(self, pipeline: InsightEditPipeline, lora: LoraConfig) -> None:
+    def __init__(self, pipeline: InsightEditPipeline, lora: LoraConfig, diffusion: DiffusionConfig) -> None:
         """Take a pipeline's parts; they are trained in place.
 
         Args:
             pipeline: a whole pipeline, fresh or trained.
             lora: what is added to its language model.
+            diffusion: how timesteps and dropped conditions are drawn.
         """
         super().__init__()
         self.mllm = pipeline.mllm
@@ -129,6 +127,7 @@ class InsightEditModel(nn.Module):
             self.null_text = nn.Buffer(encode_text(pipeline.text_encoder, pipeline.tokenizer, [""]))
         vae: AutoencoderKL = pipeline.vae
         self.latent_scale = float(vae.config["scaling_factor"])
+        self.diffusion = diffusion
         self.noise_scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.query_variance = torch.zeros(())
         # Not a submodule: the frozen encoders are no part of what is trained and kept in checkpoints.
@@ -175,14 +174,15 @@ class InsightEditModel(nn.Module):
 
     def _diffusion_loss(self, batch: Mapping[str, Tensor], f_txt: Tensor, mapped: Tensor | None, v: Tensor) -> Tensor:
         """L_diff1 (without f_img) and L_diff2 of equations 3 and 4, for each sample (B,)."""
-        draws = draw_noise(
-            batch["seed"], batch["source_latents"].shape, self.noise_scheduler.config.num_train_timesteps
-        )
+        timesteps = self.noise_scheduler.config.num_train_timesteps
+        draws = draw_noise(batch["seed"], batch["source_latents"].shape, timesteps, self.diffusion.high_noise)
         mean, log_variance = batch["target_moments"].float().chunk(2, dim=1)
         target = (mean + draws.posterior * (0.5 * log_variance).exp()) * self.latent_scale
         noisy = self.noise_scheduler.add_noise(target, draws.noise, draws.timesteps)
-        text_dropped = (draws.drop < 2 * CONDITION_DROP)[:, None, None]
-        source_kept = (draws.drop < CONDITION_DROP) | (draws.drop >= 3 * CONDITION_DROP)
+        # One draw for both: below p the text is dropped, below 2p both, below 3p the source.
+        share = self.diffusion.condition_drop
+        text_dropped = (draws.drop < 2 * share)[:, None, None]
+        source_kept = (draws.drop < share) | (draws.drop >= 3 * share)
         text = torch.where(text_dropped, self.null_text.to(f_txt.dtype), f_txt)
         source = batch["source_latents"].float() * source_kept[:, None, None, None]
         image = None
@@ -250,8 +250,15 @@ class Draws(NamedTuple):
     """(B,) uniform in [0, 1), which conditions are dropped."""
 
 
-def draw_noise(seeds: Tensor, shape: torch.Size, num_timesteps: int) -> Draws:
-    """Draw for each of the seeds (B,) by itself; `shape` is that of the latents (B, 4, h, w)."""
+def draw_noise(seeds: Tensor, shape: torch.Size, num_timesteps: int, high_noise: float = 1.0) -> Draws:
+    """Draw for each of the seeds (B,) by itself.
+
+    Args:
+        seeds: one for each sample.
+        shape: of the latents (B, 4, h, w).
+        num_timesteps: T of the noise schedule.
+        high_noise: see `DiffusionConfig`.
+    """
     rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for seed in seeds.tolist():
         generator = torch.Generator().manual_seed(seed)
@@ -259,11 +266,13 @@ def draw_noise(seeds: Tensor, shape: torch.Size, num_timesteps: int) -> Draws:
             (
                 torch.randn(shape[1:], generator=generator),
                 torch.randn(shape[1:], generator=generator),
-                torch.randint(num_timesteps, (), generator=generator),
+                torch.rand((), generator=generator, dtype=torch.float64),
                 torch.rand((), generator=generator),
             )
         )
-    noise, posterior, timesteps, drop = (torch.stack(column).to(seeds.device) for column in zip(*rows, strict=True))
+    noise, posterior, uniform, drop = (torch.stack(column).to(seeds.device) for column in zip(*rows, strict=True))
+    # The power underflows for the largest u: the last timestep.
+    timesteps = (num_timesteps * (1 - (1 - uniform) ** high_noise)).long().clamp(max=num_timesteps - 1)
     return Draws(noise, posterior, timesteps, drop)
 
 

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from insightedit.model.configuration import ModelConfig, SourcesConfig
-from insightedit.model.stages import STAGES
+from insightedit.model.stages import STAGES, Part
 from insightedit.platform.errors import NotFoundError, UsageError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -72,6 +72,8 @@ class StageConfig(_Settings):
     micro_batch: Count
     """Samples a worker takes at once, at most. Accumulation makes up the rest."""
     learning_rate: Annotated[float, Field(gt=0)]
+    learning_rates: dict[Part, Annotated[float, Field(gt=0)]] = {}
+    """Of parts that learn at another rate than `learning_rate`, with the same warm-up and schedule."""
     warmup: Share = 0.05
     """Share of the steps in which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -159,6 +161,9 @@ class RunConfig(_Settings):
             expected = STAGES[number].losses
             if set(stage.losses) != set(expected):
                 raise ValueError(f"{where}.losses must give a weight to each of {', '.join(expected)} and nothing else")
+            if idle := stage.learning_rates.keys() - STAGES[number].trains:
+                trained = ", ".join(sorted(STAGES[number].trains))
+                raise ValueError(f"{where}.learning_rates names {sorted(idle)[0]!r}; the stage trains {trained}")
             if stage.global_batch % self.workers.count:
                 raise ValueError(
                     f"{where}.global_batch is {stage.global_batch}, which workers.count {self.workers.count} does not"

@@ -15,7 +15,7 @@ from insightedit.model.configuration import ModelConfig
 from insightedit.model.encoders import to_pixels
 from insightedit.model.insightedit import InsightEditModel, build_pipeline
 from insightedit.model.prompts import PromptEncoder
-from insightedit.model.stages import STAGES
+from insightedit.model.stages import STAGES, Part, part_of
 from insightedit.platform.config import DatasetConfig
 from insightedit.platform.datasets import reader_named
 from insightedit.platform.encoding import pictures_of
@@ -49,7 +49,7 @@ class EditingTask:
         pipeline = build_pipeline(self.model)
         if pipeline.encoders.fingerprint() != self.encoders:
             raise InsightEditError("The shards come from other encoders than the model's; prepare the data again.")
-        return InsightEditModel(pipeline, self.model.lora)
+        return InsightEditModel(pipeline, self.model.lora, self.model.diffusion)
 
     def make_collate(self) -> Collate:
         """Rows of prepared shards to a model's inputs."""
@@ -62,6 +62,10 @@ class EditingTask:
             return {**features_of(table), **{name: tensor.numpy() for name, tensor in inputs.items()}}
 
         return collate
+
+    def part_of(self, parameter: str) -> Part | None:
+        """The design's parts: `lora`, `unet`, `bim` and so on."""
+        return part_of(parameter)
 
     def loss_weights(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
         """Losses that need a target image count only the samples that have one."""

@@ -45,8 +45,9 @@ class RecordEncoder:
     """Adds to a table of records what training needs of its pictures and texts.
 
     `clip_patches` and `source_embeds` of the source; `source_latents`, the mode of the VAE's posterior; `target_embeds`
-    and `target_moments` of the target; `text_states` of the instruction or caption; and `diffusion_weight`, which is 0
-    where there is no target, and the source stands in for it. Features are kept in half precision.
+    and `target_moments` of the target; `text_states` of what the picture's words should come to: the reply where
+    there is one, or else the instruction or caption; and `diffusion_weight`, which is 0 where there is no target, and
+    the source stands in for it. Features are kept in half precision.
     """
 
     def __init__(self, sources: SourcesConfig, resolution: int, threads: int = 1) -> None:
@@ -81,7 +82,7 @@ class RecordEncoder:
             "source_latents": moments[source][:, : moments.shape[1] // 2],
             "target_embeds": embeds[target],
             "target_moments": moments[target],
-            "text_states": self._encode_texts(table.column("instruction").to_pylist()),
+            "text_states": self._encode_texts(_spoken(table)),
             "diffusion_weight": np.array([data is not None for data in targets.to_pylist()], np.float32),
         }
         return add_features(table, features)
@@ -99,6 +100,12 @@ class RecordEncoder:
     def _encode_texts(self, texts: Sequence[str]) -> NDArray[Any]:
         starts = range(0, len(texts), _TEXTS)
         return _half(torch.cat([self._encoders.encode_text(texts[start : start + _TEXTS]) for start in starts]))
+
+
+def _spoken(table: Table) -> list[str]:
+    """The text of each record that stage 1 aligns with: its reply, or its instruction where it has none."""
+    pairs = zip(table.column("reply").to_pylist(), table.column("instruction").to_pylist(), strict=True)
+    return [reply or instruction for reply, instruction in pairs]
 
 
 def _runs(pictures: Sequence[Image.Image], size: int) -> list[list[Image.Image]]:

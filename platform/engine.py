@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from insightedit.model.losses import LossTerm
+from insightedit.model.stages import Part
 from insightedit.platform.config import StageConfig
 from insightedit.platform.errors import InsightEditError
 
@@ -70,9 +71,24 @@ class StageLosses(nn.Module):
 
 
 def start_engine(
-    losses: StageLosses, config: StageConfig, *, micro_batch: int, accumulation: int, device: torch.device
+    losses: StageLosses,
+    config: StageConfig,
+    part_of: Callable[[str], Part | None],
+    *,
+    micro_batch: int,
+    accumulation: int,
+    device: torch.device,
 ) -> Any:
-    """Give a stage's model to DeepSpeed; `torch.distributed` is up already."""
+    """Give a stage's model to DeepSpeed; `torch.distributed` is up already.
+
+    Args:
+        losses: around the model.
+        config: of the stage.
+        part_of: names the part that one of the model's parameters belongs to, by the parameter's name.
+        micro_batch: samples that a rank takes at once.
+        accumulation: micro-batches of an optimiser step.
+        device: where the model is.
+    """
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -82,7 +98,7 @@ def start_engine(
     }
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(
-        _parameter_groups(losses, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=fused
+        _parameter_groups(losses.model, config, part_of), lr=config.learning_rate, betas=config.betas, fused=fused
     )
     initialize = cast(Any, deepspeed).initialize
     return initialize(model=losses, optimizer=optimizer, config=settings, dist_init_required=False)[0]
@@ -96,16 +112,24 @@ def _zero_settings(stage: int, device: torch.device) -> dict[str, Any]:
     return settings
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay is for matrices; biases, norms and single vectors have none."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not weight_decay:
-        return [{"params": trained, "weight_decay": 0.0}]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+def _parameter_groups(
+    model: nn.Module, config: StageConfig, part_of: Callable[[str], Part | None]
+) -> list[dict[str, Any]]:
+    """Groups of parameters with a learning rate and a weight decay of their own.
+
+    `scale` is a group's learning rate as a share of the stage's. Weight decay is for matrices; biases, norms and single
+    vectors have none.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trained_parameters(model).items():
+        part = part_of(name)
+        own = config.learning_rates.get(part) if part else None
+        scale = (own or config.learning_rate) / config.learning_rate
+        decay = config.weight_decay if len(parameter_shape(parameter)) >= 2 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    return [
+        {"params": parameters, "scale": scale, "weight_decay": decay} for (scale, decay), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]
 
 
 def learning_rate(config: StageConfig, step: int) -> float:
@@ -123,9 +147,9 @@ def learning_rate(config: StageConfig, step: int) -> float:
 
 
 def set_learning_rate(engine: Any, value: float) -> None:
-    """Set the learning rate of the next step."""
+    """Set the stage's learning rate of the next step; parts with one of their own follow in proportion."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group["scale"]
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

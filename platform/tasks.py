@@ -8,6 +8,7 @@ from typing import Protocol
 from PIL import Image
 from torch import Tensor, nn
 
+from insightedit.model.stages import Part
 from insightedit.platform.streams import Collate
 
 
@@ -29,6 +30,10 @@ class TrainingTask(Protocol):
 
     def make_collate(self) -> Collate:
         """The function that turns rows of prepared shards into a batch's arrays."""
+        ...
+
+    def part_of(self, parameter: str) -> Part | None:
+        """The part that a parameter of the model belongs to, by its name: what `learning_rates` are given to."""
         ...
 
     def loss_weights(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:

@@ -159,6 +159,7 @@ class StageWorker:
         engine = start_engine(
             StageLosses(self.model, self.number, self.config, self.names, scale),
             self.config,
+            self.plan.task.part_of,
             micro_batch=layout.micro_batch,
             accumulation=layout.accumulation,
             device=layout.device,

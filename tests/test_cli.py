@@ -439,7 +439,7 @@ def tiny_preset(tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("no_model")
 def test_from_data_to_a_refused_challenger(insightedit: Any, tiny_preset: Path, picture: Path, tmp_path: Path) -> None:
     prepared = insightedit("data", "prepare", tiny_preset, "--json").json
-    assert {name: one["rows"] for name, one in prepared.items()} == {"captions": 32, "edits": 64}
+    assert {name: one["rows"] for name, one in prepared.items()} == {"captions": 32, "questions": 32, "edits": 64}
     first = insightedit("train", tiny_preset, "--name", "mine", "--stage", "1", "--json").json
     assert (list(first["stages"]), first["model_version"]) == (["1"], None)
     trained = insightedit("train", tiny_preset, "--name", "mine", "--json").json

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from insightedit.model.configuration import ModelConfig
 from insightedit.model.encoders import squared, to_pixels
-from insightedit.model.insightedit import CONDITION_DROP, InsightEditModel, build_pipeline, draw_noise
+from insightedit.model.insightedit import InsightEditModel, build_pipeline, draw_noise
 from insightedit.model.losses import mm_token_loss, squared_error
 from insightedit.model.mllm import hidden_states
 from insightedit.model.pipeline import (
@@ -47,7 +47,7 @@ def pipeline(config: ModelConfig) -> InsightEditPipeline:
 
 @pytest.fixture
 def model(pipeline: InsightEditPipeline, config: ModelConfig) -> InsightEditModel:
-    return InsightEditModel(pipeline, config.lora)
+    return InsightEditModel(pipeline, config.lora, config.diffusion)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (16, 16)) -> Image.Image:
@@ -204,7 +204,7 @@ def test_squared_error_equals_a_float64_computation() -> None:
 def test_the_diffusion_loss_follows_its_equation(tmp_path: Path, prediction_type: str) -> None:
     config = tiny_models.tiny_config(tiny_models.build_sources(tmp_path, prediction_type))
     pipeline = build_pipeline(config)
-    model = InsightEditModel(pipeline, config.lora)
+    model = InsightEditModel(pipeline, config.lora, config.diffusion)
     batch = make_batch(pipeline, (1.0,) * 8)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -233,13 +233,14 @@ def test_the_diffusion_loss_follows_its_equation(tmp_path: Path, prediction_type
 def test_conditions_are_dropped_as_instruct_pix2pix_drops_them(
     model: InsightEditModel, pipeline: InsightEditPipeline
 ) -> None:
-    seeds = torch.arange(400)
+    seeds, share = torch.arange(400), model.diffusion.condition_drop
+    assert share == 0.05
     drop = draw_noise(seeds, torch.Size((400, 4, 4, 4)), 1000).drop
     wanted = {
-        "text": int(seeds[(drop < CONDITION_DROP)][0]),
-        "both": int(seeds[(drop >= CONDITION_DROP) & (drop < 2 * CONDITION_DROP)][0]),
-        "source": int(seeds[(drop >= 2 * CONDITION_DROP) & (drop < 3 * CONDITION_DROP)][0]),
-        "nothing": int(seeds[drop >= 3 * CONDITION_DROP][0]),
+        "text": int(seeds[(drop < share)][0]),
+        "both": int(seeds[(drop >= share) & (drop < 2 * share)][0]),
+        "source": int(seeds[(drop >= 2 * share) & (drop < 3 * share)][0]),
+        "nothing": int(seeds[drop >= 3 * share][0]),
     }
     batch = make_batch(pipeline, (1.0,) * 4) | {"seed": torch.tensor(list(wanted.values()))}
     seen: list[tuple[Tensor, AttentionContext]] = []
@@ -255,6 +256,14 @@ def test_conditions_are_dropped_as_instruct_pix2pix_drops_them(
     image_gone = [row.allclose(null_image) for row in context.image]
     assert source_gone == [False, True, True, False]
     assert text_gone == image_gone == [True, True, False, False]
+
+
+@pytest.mark.parametrize(("high_noise", "mean"), [(1.0, 0.5), (4.0, 0.8), (19.0, 0.95)])
+def test_timesteps_are_drawn_where_the_config_says(high_noise: float, mean: float) -> None:
+    drawn = draw_noise(torch.arange(4000), torch.Size((4000, 1, 1, 1)), 1000, high_noise).timesteps
+    assert (int(drawn.min()) >= 0, int(drawn.max())) == (True, 999)
+    # The mean of 1 - (1 - u)^k is k / (k + 1); three standard errors of a mean of 4000 are below 0.015.
+    assert abs(float(drawn.float().mean()) / 1000 - mean) < 0.015
 
 
 def test_padding_changes_no_loss(pipeline: InsightEditPipeline, model: InsightEditModel) -> None:

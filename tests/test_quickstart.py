@@ -78,7 +78,7 @@ def test_the_whole_path_twice(
         assert tags[tag]
 
     second = quickstart(workdir, tiny, port=_free_port())
-    assert "captions, edits" in capfd.readouterr().err, "prepared data was reused in silence"
+    assert "captions, questions, edits" in capfd.readouterr().err, "prepared data was reused in silence"
     versions = Registry(workdir).versions()
     assert [version.version for version in versions] == ["2", "1"]
     assert versions[0].run_id != versions[1].run_id

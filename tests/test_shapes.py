@@ -30,6 +30,7 @@ from insightedit.platform.datasets.shapes import (
     caption_records,
     edit_records,
     question_answer,
+    question_records,
     render,
     sample_edit,
     sample_scene,
@@ -478,6 +479,7 @@ def test_draws_are_a_function_of_seed_and_split() -> None:
         assert again == _edits(split)[:50]
         assert list(edit_records(split, 3, 9)) == list(edit_records(split, 3, 9))
         assert list(caption_records(split, 3, 9)) == list(caption_records(split, 3, 9))
+        assert list(question_records(split, 3, 9)) == list(question_records(split, 3, 9))
     assert _edits("train")[:5] != _edits("validation")[:5]
     first = sample_edit(11, "train").source.fingerprint()
     assert first == "e9bc97bd27dcc48a28b7c24bd8d3708d818b3ce38f921ca80fa02f5508fd9147", "raise WORLD_VERSION"

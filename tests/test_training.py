@@ -67,7 +67,13 @@ def reference(training: TrainingPlan) -> dict[int, dict[str, Tensor]]:
         model.begin_stage(number)
         stream = training.stream(number)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1.0, betas=config.betas, weight_decay=config.weight_decay)
+        # Only stage 2 trains the head, which is the part with a learning rate of its own.
+        head = [parameter for parameter in model.head.parameters() if parameter.requires_grad]
+        rest = [parameter for parameter in trained if all(parameter is not other for other in head)]
+        optimizer = torch.optim.AdamW(
+            [{"params": rest}, {"params": head}], lr=1.0, betas=config.betas, weight_decay=config.weight_decay
+        )
+        head_scale = config.learning_rates.get("bim", config.learning_rate) / config.learning_rate
         for step in range(config.steps):
             batch = whole_batch(stream, step)
             terms = model(batch, number)
@@ -75,7 +81,8 @@ def reference(training: TrainingPlan) -> dict[int, dict[str, Tensor]]:
             optimizer.zero_grad()
             torch.stack(parts).sum().backward()
             torch.nn.utils.clip_grad_norm_(trained, config.clip)
-            optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+            for group, scale in zip(optimizer.param_groups, (1.0, head_scale), strict=True):
+                group["lr"] = scale * learning_rate(config, step)
             optimizer.step()
         after[number] = {name: value.detach().clone() for name, value in model.named_parameters()}
     return after
@@ -97,7 +104,7 @@ def test_two_workers_with_zero_reach_the_weights_of_one_process(tmp_path: Path, 
     config = toy.toy_config(
         {
             1: {"steps": 12, "losses": {"L_LLM": 1.0, "L_IB": 0.5, "L_TB": 2.0}, "schedule": "linear", "warmup": 0.3},
-            2: {"steps": 12, "micro_batch": 1, "weight_decay": 0.0, "clip": 0.5},
+            2: {"steps": 12, "micro_batch": 1, "weight_decay": 0.0, "clip": 0.5, "learning_rates": {"bim": 0.004}},
             3: {"steps": 12, "zero": 3, "micro_batch": 2, "datasets": {"bb": 9.0, "a": 1.0}},
         },
         datasets=("a", "bb"),
@@ -173,7 +180,7 @@ class Engine:
     """Stands in for DeepSpeed's."""
 
     def __init__(self, norm: float = 1.0, weight: float = 1.0) -> None:
-        self.optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        self.optimizer = torch.optim.SGD([{"params": [torch.zeros(1, requires_grad=True)], "scale": 1.0}])
         self.norm = norm
         self.weight = weight
         self.rates: list[float] = []
@@ -261,6 +268,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     steps = {"steps": 4, "log_every": 2, "global_batch": 8, "micro_batch": 4}
     overrides = [
         f"data.datasets.captions.options={ {**shapes, 'kind': 'caption', 'count': 24} }",
+        "data.datasets.questions.options.count=4",
         f"data.datasets.edits.options={ {**shapes, 'kind': 'edit', 'count': 12} }",
         "data.validation.options.count=1",
         "data.rows_per_shard=8",
@@ -277,6 +285,7 @@ def test_the_job_trains_the_real_model(tmp_path: Path, ray_cluster: None, tiny_r
     result = train(tiny_run, workdir, name="tiny")
     assert {name: (data.rows, data.reused) for name, data in result.datasets.items()} == {
         "captions": (24, False),
+        "questions": (16, False),
         "edits": (24, False),
     }
     client = MlflowClient(workdir.tracking_uri)
@@ -311,14 +320,14 @@ def test_unknown_stages_are_named(tmp_path: Path, tiny_run: RunConfig) -> None:
 def test_batches_and_weights_are_what_the_model_takes(tiny_run: RunConfig) -> None:
     encoder = RecordEncoder(tiny_run.model.sources, tiny_run.model.resolution)
     options = {"split": "train", "count": 2, "seed": 0}
-    readings = [reader_named("shapes").records({**options, "kind": kind}) for kind in ("edit", "caption")]
+    readings = [reader_named("shapes").records({**options, "kind": kind}) for kind in ("edit", "caption", "question")]
     table = encoder(to_table([record for reading in readings for record in reading]))
     task = EditingTask(key="", model=tiny_run.model, encoders=encoder.fingerprint, validation=None)
     arrays = task.make_collate()(table)
     batch = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     batch = {name: x.float() if x.dtype == torch.float16 else x for name, x in batch.items()}
     batch["seed"] = torch.arange(len(table))
-    assert batch["diffusion_weight"].tolist() == [1, 1, 1, 1, 0, 0]
+    assert batch["diffusion_weight"].tolist() == [1] * 4 + [0] * 10
     model = cast(Any, task.build_model())
     for number in STAGES:
         model.begin_stage(number)
@@ -326,6 +335,11 @@ def test_batches_and_weights_are_what_the_model_takes(tiny_run: RunConfig) -> No
         assert terms.keys() == weights.keys()
         assert all(torch.equal(terms[name].weights, weights[name]) for name in terms)
     assert task.diagnostics(model)["query_variance"] > 0
+    # Stage 1 aligns with the instruction or caption, or with what a question is to be answered.
+    spoken = table.column("instruction").to_pylist()[:6] + table.column("reply").to_pylist()[6:]
+    assert all(spoken)
+    states = load_encoders(tiny_run.model.sources).encode_text(spoken)
+    assert torch.allclose(batch["text_states"], states, atol=2e-3, rtol=2e-3)
     # The same features as at once, at the precision that they are kept in.
     patches = (
         load_encoders(tiny_run.model.sources).encode_images(to_pixels(pictures_of(table.column("source")))).patches

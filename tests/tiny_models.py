@@ -137,6 +137,10 @@ def _save_mllm(folder: Path, vision: CLIPVisionConfig) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
+TINY_COUNTS = {"captions": 32, "questions": 8, "edits": 32}
+"""Scenes of each dataset; a question's scene gives four records, an edit two."""
+
+
 def write_tiny_preset(folder: Path, *, steps: int, **sections: Any) -> Path:
     """A file that extends nano with tiny parts and a few steps of each stage, and with other sections if given."""
     model = replace(tiny_config(build_sources(folder / "sources")), prompt_length=256, resolution=32)
@@ -152,7 +156,7 @@ def write_tiny_preset(folder: Path, *, steps: int, **sections: Any) -> Path:
         "extends": "nano",
         "name": "tiny",
         "model": asdict(model),
-        "data": {"datasets": {name: {"options": {"count": 32}} for name in ("captions", "edits")}},
+        "data": {"datasets": {name: {"options": {"count": count}} for name, count in TINY_COUNTS.items()}},
         "stages": dict.fromkeys((1, 2, 3), short),
         "evaluation": {"scenes": 4},
         **sections,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from insightedit.model.configuration import ModelConfig, SourcesConfig
 from insightedit.model.losses import LossTerm, squared_error
-from insightedit.model.stages import STAGES
+from insightedit.model.stages import STAGES, Part
 from insightedit.platform.config import DataConfig, DatasetConfig, RunConfig, StageConfig, WorkersConfig
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.shards import ShardManifest, Table, add_features, features_of, write_shard
@@ -90,6 +90,9 @@ class ToyTask:
             return features_of(table)
 
         return collate
+
+    def part_of(self, parameter: str) -> Part | None:
+        return "bim" if parameter.startswith("head.") else "unet"
 
     def loss_weights(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
         if self.die_at is not None:

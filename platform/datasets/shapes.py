@@ -51,6 +51,7 @@ __all__ = [
     "edit_records",
     "plain_question",
     "question_answer",
+    "question_records",
     "reasoning_question",
     "render",
     "sample_edit",
@@ -65,6 +66,8 @@ __all__ = [
 Wording = Literal["both", "simple", "advanced"]
 
 DATASET: Final = "shapes"
+QUESTIONS_EACH: Final = 4
+"""Questions about one scene."""
 WORLD_VERSION: Final = 1
 """Raised whenever the same seed gives other records, so that shards prepared before are seen to be stale."""
 
@@ -118,12 +121,34 @@ def caption_records(split: Split, count: int, seed: int, *, start: int = 0) -> I
         )
 
 
+def question_records(split: Split, count: int, seed: int, *, start: int = 0) -> Iterator[Record]:
+    """Draw single scenes with questions and their answers as records, arguments as in `edit_records`.
+
+    Each scene gives `QUESTIONS_EACH` records of the same picture.
+    """
+    for number in range(start, start + count):
+        rng = random.Random(f"question:{split}:{seed}:{number}")
+        scene = sample_scene(rng, split)
+        source, meta = encode_png(render(scene)), json.dumps({"scene": scene.to_json()})
+        for which in range(QUESTIONS_EACH):
+            question, answer = question_answer(scene, rng)
+            yield Record(
+                key=f"{split}-{seed}-{number:06d}-question-{which}",
+                dataset=DATASET,
+                task="chat",
+                source=source,
+                instruction=question,
+                reply=answer,
+                meta=meta,
+            )
+
+
 class ShapesOptions(BaseModel):
-    """What to draw. `count` is the number of edits or of captioned scenes."""
+    """What to draw. `count` is the number of edits, of captioned scenes or of scenes with questions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["edit", "caption"]
+    kind: Literal["edit", "caption", "question"]
     split: Split
     count: int = Field(gt=0)
     seed: int = Field(ge=0)
@@ -132,6 +157,8 @@ class ShapesOptions(BaseModel):
     @property
     def records_each(self) -> int:
         """Records that one edit or scene gives."""
+        if self.kind == "question":
+            return QUESTIONS_EACH
         return 2 if self.kind == "edit" and self.wording == "both" else 1
 
     @classmethod
@@ -172,7 +199,8 @@ class ShapesReader:
         if parsed.kind == "edit":
             drawn = edit_records(parsed.split, last - first, parsed.seed, parsed.wording, start=first)
         else:
-            drawn = caption_records(parsed.split, last - first, parsed.seed, start=first)
+            draw = caption_records if parsed.kind == "caption" else question_records
+            drawn = draw(parsed.split, last - first, parsed.seed, start=first)
         for number, record in enumerate(drawn, first * each):
             if start <= number < stop:
                 yield record
