@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -422,6 +423,20 @@ def test_every_kind_colour_and_size_stands_out() -> None:
         [shapes_world.coverage(kind, size, 4).sum() for kind in shapes_world.KINDS] for size in ("small", "large")
     )
     assert all(2 * one < other for one, other in zip(small, large, strict=True))
+
+
+def test_an_edits_reply_says_what_changes_and_nothing_else() -> None:
+    for record in edit_records("train", 200, 1):
+        meta, reply = json.loads(record.meta), record.reply
+        scene, target = ([*map(_said_fully, meta[key]["shapes"])] for key in ("scene", "target_scene"))
+        assert reply is not None
+        before, after = (set() if side == "nothing" else set(side.split(" and ")) for side in reply.split(", "))
+        assert before == set(scene) - set(target)
+        assert after == set(target) - set(scene)
+
+
+def _said_fully(shape: dict[str, Any]) -> str:
+    return f"{shape['size']} {shape['colour']} {shape['kind']} {PLACES[shape['cell']]}"
 
 
 @pytest.mark.parametrize("split", SPLITS)

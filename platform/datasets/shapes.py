@@ -13,7 +13,7 @@ from typing import ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from insightedit.platform.datasets.shapes_edits import Edit, sample_edit, vocabulary_corpus
+from insightedit.platform.datasets.shapes_edits import Edit, outcome, sample_edit, vocabulary_corpus
 from insightedit.platform.datasets.shapes_language import (
     description,
     plain_question,
@@ -49,6 +49,7 @@ __all__ = [
     "caption_records",
     "description",
     "edit_records",
+    "outcome",
     "plain_question",
     "question_answer",
     "question_records",
@@ -68,12 +69,12 @@ Wording = Literal["both", "simple", "advanced"]
 DATASET: Final = "shapes"
 QUESTIONS_EACH: Final = 4
 """Questions about one scene."""
-WORLD_VERSION: Final = 1
+WORLD_VERSION: Final = 2
 """Raised whenever the same seed gives other records, so that shards prepared before are seen to be stale."""
 
 
 def edit_records(split: Split, count: int, seed: int, wording: Wording = "both", *, start: int = 0) -> Iterator[Record]:
-    """Draw edits as records.
+    """Draw edits as records; the reply of each says what its instruction comes to.
 
     Args:
         split: which scenes.
@@ -101,6 +102,7 @@ def edit_records(split: Split, count: int, seed: int, wording: Wording = "both",
                 source=source,
                 target=target,
                 instruction=edit.simple if which == "simple" else edit.advanced,
+                reply=outcome(edit),
                 category=edit.task,
                 meta=json.dumps(meta | {"wording": which}),
             )

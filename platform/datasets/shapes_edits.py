@@ -19,6 +19,7 @@ from insightedit.platform.datasets.shapes_language import (
     SHAPES_FORMS,
     Phrase,
     article,
+    describe,
     name,
     question_answer,
     short_caption,
@@ -109,6 +110,17 @@ def sample_edit(seed: int, split: Split) -> Edit:
             continue
         if combination or not has_held_out_combination(edit.target):
             return replace(edit, held_out=("combination",) * combination + ("wording",) * wording)
+
+
+def outcome(edit: Edit) -> str:
+    """Say what an edit comes to, without reasoning: what is there before, then what is there after it.
+
+    "large red circle top left, large red circle bottom" is a move; what an edit adds was "nothing" before, and what it
+    removes is "nothing" after.
+    """
+    before = [shape for shape in edit.source.shapes if shape not in edit.target.shapes]
+    after = [shape for shape in edit.target.shapes if shape not in edit.source.shapes]
+    return ", ".join(" and ".join(map(describe, shapes)) or "nothing" for shapes in (before, after))
 
 
 def _draw_edit(task: Task, form: str, scene: Scene, rng: random.Random, *, held_out: bool) -> Edit | None:
