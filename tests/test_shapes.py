@@ -428,11 +428,17 @@ def test_every_kind_colour_and_size_stands_out() -> None:
 def test_an_edits_reply_says_what_changes_and_nothing_else() -> None:
     for record in edit_records("train", 200, 1):
         meta, reply = json.loads(record.meta), record.reply
-        scene, target = ([*map(_said_fully, meta[key]["shapes"])] for key in ("scene", "target_scene"))
+        scene, target = ({*map(_said_fully, meta[key]["shapes"])} for key in ("scene", "target_scene"))
         assert reply is not None
-        before, after = (set() if side == "nothing" else set(side.split(" and ")) for side in reply.split(", "))
-        assert before == set(scene) - set(target)
-        assert after == set(target) - set(scene)
+        before, after = (side.split(" and ") for side in reply.split(", "))
+        empty = [
+            {said.removeprefix("nothing ") for said in side if said.startswith("nothing ")} for side in (before, after)
+        ]
+        shapes = [{said for said in side if not said.startswith("nothing ")} for side in (before, after)]
+        assert shapes == [scene - target, target - scene]
+        for places, others in zip(empty, reversed(shapes), strict=True):
+            assert places <= {" ".join(said.split()[3:]) for said in others}
+        assert len(before) == len(after)
 
 
 def _said_fully(shape: dict[str, Any]) -> str:

@@ -113,14 +113,16 @@ def sample_edit(seed: int, split: Split) -> Edit:
 
 
 def outcome(edit: Edit) -> str:
-    """Say what an edit comes to, without reasoning: what is there before, then what is there after it.
+    """Say what an edit comes to, without reasoning: what is in the places that change, before and then after.
 
-    "large red circle top left, large red circle bottom" is a move; what an edit adds was "nothing" before, and what it
-    removes is "nothing" after.
+    "large red circle top left and nothing bottom, nothing top left and large red circle bottom" is a move.
     """
-    before = [shape for shape in edit.source.shapes if shape not in edit.target.shapes]
-    after = [shape for shape in edit.target.shapes if shape not in edit.source.shapes]
-    return ", ".join(" and ".join(map(describe, shapes)) or "nothing" for shapes in (before, after))
+    before, after = ({shape.cell: shape for shape in scene.shapes} for scene in (edit.source, edit.target))
+    changed = [cell for cell in range(len(PLACES)) if before.get(cell) != after.get(cell)]
+    return ", ".join(
+        " and ".join(describe(at[cell]) if cell in at else f"nothing {PLACES[cell]}" for cell in changed)
+        for at in (before, after)
+    )
 
 
 def _draw_edit(task: Task, form: str, scene: Scene, rng: random.Random, *, held_out: bool) -> Edit | None:
