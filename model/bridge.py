@@ -145,6 +145,8 @@ class ImageAlignmentAdapter(ModelMixin, ConfigMixin):
         joined = input_size * num_mm_tokens if pooling == "flatten" else input_size
         self.mapper = nn.Sequential(nn.Linear(joined, hidden_size), nn.GELU(), nn.Linear(hidden_size, embed_size))
         self.projection = ImageProjection(embed_size, context_size, num_tokens)
+        # f_img begins at zero, so that stage 3 starts from what stage 2 draws; its keys and values have no bias.
+        nn.init.zeros_(self.projection.norm.weight)
 
     def map(self, states: Tensor) -> Tensor:
         """Mapper(h) of equations 2 and 3: hidden states (B, r, H) to a CLIP image embedding (B, P)."""

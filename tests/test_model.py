@@ -132,6 +132,15 @@ def test_new_input_channels_and_the_image_branch_at_weight_0_leave_the_original_
     assert not unet.denoise(wide, step, AttentionContext(text, image), None).allclose(plain)
 
 
+def test_an_untrained_adapter_leaves_the_unet_as_it_was(pipeline: InsightEditPipeline) -> None:
+    unet: InsightEditUNet = pipeline.unet
+    unet.start_image_branch()
+    text, sample, step = torch.randn(2, tiny_models.TEXT_LENGTH, 16), torch.randn(2, 8, 4, 4), torch.tensor([3, 500])
+    image = pipeline.adapter(torch.randn(2, pipeline.mm_tokens.config["num_tokens"], 32))
+    with_image = unet.denoise(sample, step, AttentionContext(text, image), None)
+    assert with_image.equal(unet.denoise(sample, step, AttentionContext(text), None))
+
+
 def test_the_image_branch_equals_ip_adapters_processor() -> None:
     torch.manual_seed(0)
     attention: Any = Attention(query_dim=32, cross_attention_dim=16, heads=4, dim_head=8)
@@ -247,6 +256,7 @@ def test_conditions_are_dropped_as_instruct_pix2pix_drops_them(
     model.unet.register_forward_hook(
         lambda _m, args, kwargs, _o: seen.append((args[0], kwargs["encoder_hidden_states"])), with_kwargs=True
     )
+    torch.nn.init.ones_(model.adapter.projection.norm.weight)  # zero until stage 3, when no image would differ
     model(batch, 3)
     sample, context = seen[0]
     null_image = model.adapter.project(torch.zeros(1, 16))[0]
