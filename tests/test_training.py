@@ -335,8 +335,10 @@ def test_batches_and_weights_are_what_the_model_takes(tiny_run: RunConfig) -> No
         assert terms.keys() == weights.keys()
         assert all(torch.equal(terms[name].weights, weights[name]) for name in terms)
     assert task.diagnostics(model)["query_variance"] > 0
-    # Stage 1 aligns with the instruction or caption, or with what a question is to be answered.
-    spoken = table.column("instruction").to_pylist()[:6] + table.column("reply").to_pylist()[6:]
+    # Stage 1 aligns with what an edit comes to and a question is to be answered, or with a caption itself.
+    replies, captions = table.column("reply").to_pylist(), table.column("instruction").to_pylist()[4:6]
+    assert replies[4:6] == ["", ""]
+    spoken = [*replies[:4], *captions, *replies[6:]]
     assert all(spoken)
     states = load_encoders(tiny_run.model.sources).encode_text(spoken)
     assert torch.allclose(batch["text_states"], states, atol=2e-3, rtol=2e-3)
