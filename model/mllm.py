@@ -36,7 +36,7 @@ class MultimodalTokens(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def start_from(self, mllm: PreTrainedModel) -> None:
-        """Begin around the mean of the frozen vocabulary's rows, each token as far from the others as words are.
+        """Begin around the mean of the frozen vocabulary's rows, each token twice as far from the others as words are.
 
         Tokens that begin alike give hidden states that are alike, and it takes long until each carries its own part.
         """
@@ -44,7 +44,7 @@ class MultimodalTokens(ModelMixin, ConfigMixin):
         pairs: Any = ((self.input_rows, input_rows), (self.output_rows, output_rows))
         for rows, vocabulary in pairs:
             known = vocabulary.weight.float()
-            rows.weight.copy_(known.mean(dim=0) + known.std() * torch.randn_like(rows.weight))
+            rows.weight.copy_(known.mean(dim=0) + 2.0 * known.std() * torch.randn_like(rows.weight))
 
     def positions(self, start: Tensor) -> Tensor:
         """Positions (B, r) of the tokens in rows where they begin at `start` (B,)."""
