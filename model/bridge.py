@@ -82,7 +82,7 @@ class BidirectionalInteraction(ModelMixin, ConfigMixin):
             "mlp_dim": mlp_size,
             "hidden_act": "relu",
             "attention_downsample_rate": 2,
-            "attn_implementation": "sdpa",
+            "attn_implementation": "eager",
         }
         self.transformer = SamTwoWayTransformer(SamMaskDecoderConfig(**shape))
         self.text_out = nn.Linear(width, text_size)

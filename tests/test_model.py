@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IP
 from PIL import Image
 from torch import Tensor
 
+from insightedit.model.attention import use_plain_attention
 from insightedit.model.configuration import ModelConfig
 from insightedit.model.encoders import squared, to_pixels
 from insightedit.model.insightedit import InsightEditModel, build_pipeline, draw_noise
@@ -274,6 +275,30 @@ def test_timesteps_are_drawn_where_the_config_says(high_noise: float, mean: floa
     assert (int(drawn.min()) >= 0, int(drawn.max())) == (True, 999)
     # The mean of 1 - (1 - u)^k is k / (k + 1); three standard errors of a mean of 4000 are below 0.015.
     assert abs(float(drawn.float().mean()) / 1000 - mean) < 0.015
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_plain_attention_gives_the_same_losses_and_gradients_without_the_fused_kernel(
+    model: InsightEditModel, pipeline: InsightEditPipeline, number: int
+) -> None:
+    batch = make_batch(pipeline)
+    model.begin_stage(number)
+
+    def losses() -> tuple[Tensor, Tensor, set[str]]:
+        model.zero_grad()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            values = torch.stack([term.values.mean() for term in model(batch, number).values()])
+            values.sum().backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return values, torch.cat(gradients), {event.key for event in profile.key_averages()}
+
+    values, gradients, kernels = losses()
+    use_plain_attention(model)
+    plain_values, plain_gradients, plain_kernels = losses()
+    assert any("scaled_dot_product" in kernel for kernel in kernels)
+    assert not any("scaled_dot_product" in kernel for kernel in plain_kernels)
+    torch.testing.assert_close(plain_values, values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(plain_gradients, gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_padding_changes_no_loss(pipeline: InsightEditPipeline, model: InsightEditModel) -> None:
