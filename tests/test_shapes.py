@@ -16,7 +16,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -426,22 +425,23 @@ def test_every_kind_colour_and_size_stands_out() -> None:
 
 
 def test_an_edits_reply_says_what_changes_and_nothing_else() -> None:
+    places = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "middle", "right")]
     for record in edit_records("train", 200, 1):
-        meta, reply = json.loads(record.meta), record.reply
-        scene, target = ({*map(_said_fully, meta[key]["shapes"])} for key in ("scene", "target_scene"))
-        before, after = (side.split(" and ") for side in reply.split(", "))
-        empty = [
-            {said.removeprefix("nothing ") for said in side if said.startswith("nothing ")} for side in (before, after)
-        ]
-        shapes = [{said for said in side if not said.startswith("nothing ")} for side in (before, after)]
-        assert shapes == [scene - target, target - scene]
-        for places, others in zip(empty, reversed(shapes), strict=True):
-            assert places <= {" ".join(said.split()[3:]) for said in others}
-        assert len(before) == len(after)
-
-
-def _said_fully(shape: dict[str, Any]) -> str:
-    return f"{shape['size']} {shape['colour']} {shape['kind']} {PLACES[shape['cell']]}"
+        meta = json.loads(record.meta)
+        scene, target = (
+            {f"{places[s['cell']]} {s['size']} {s['colour']} {s['kind']}" for s in meta[key]["shapes"]}
+            for key in ("scene", "target_scene")
+        )
+        assert len(re.findall(r"\w+|,", record.reply)) <= 22  # 24 tokens with start and end
+        removed, added = set[str](), set[str]()
+        for change in record.reply.split(", "):
+            place = " ".join(change.split()[:2])
+            before, after = change.removeprefix(f"{place} ").split(f" {place} ")
+            removed |= {f"{place} {before}"} - {f"{place} nothing"}
+            added |= {f"{place} {after}"} - {f"{place} nothing"}
+            assert place in places
+            assert before != after
+        assert (removed, added) == (scene - target, target - scene)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -69,7 +69,7 @@ Wording = Literal["both", "simple", "advanced"]
 DATASET: Final = "shapes"
 QUESTIONS_EACH: Final = 4
 """Questions about one scene."""
-WORLD_VERSION: Final = 2
+WORLD_VERSION: Final = 3
 """Raised whenever the same seed gives other records, so that shards prepared before are seen to be stale."""
 
 

@@ -19,7 +19,6 @@ from insightedit.platform.datasets.shapes_language import (
     SHAPES_FORMS,
     Phrase,
     article,
-    describe,
     name,
     question_answer,
     short_caption,
@@ -55,6 +54,9 @@ TEMPLATES: Final[dict[Task, tuple[str, ...]]] = {
     "move": ("move {it} to {place}", "shift {it} to {place}", "put {it} at {place}", "to {place} move {it}"),
 }
 """Wordings of each task; the last one is held out, like the last of each form of reasoning."""
+
+_ROWS: Final = ("top", "middle", "bottom")
+_COLUMNS: Final = ("left", "middle", "right")
 
 _SINGLE = tuple(form for form in SHAPES_FORMS if form != "pair")
 _ATTRIBUTES = (*COLOUR_FORMS, *KIND_FORMS)
@@ -113,16 +115,21 @@ def sample_edit(seed: int, split: Split) -> Edit:
 
 
 def outcome(edit: Edit) -> str:
-    """Say what an edit comes to, without reasoning: what is in the places that change, before and then after.
+    """Say what an edit comes to, without reasoning: each place that changes, before and after.
 
-    "large red circle top left and nothing bottom, nothing top left and large red circle bottom" is a move.
+    "top left large red circle top left nothing, bottom middle nothing bottom middle large red circle" is a move. A
+    place comes first, and always as row and column: a text encoder that reads from left to right says little of a place
+    that comes last, and words that keep their positions are learnt faster.
     """
     before, after = ({shape.cell: shape for shape in scene.shapes} for scene in (edit.source, edit.target))
     changed = [cell for cell in range(len(PLACES)) if before.get(cell) != after.get(cell)]
-    return ", ".join(
-        " and ".join(describe(at[cell]) if cell in at else f"nothing {PLACES[cell]}" for cell in changed)
-        for at in (before, after)
-    )
+    return ", ".join(" ".join(_lies(at.get(cell), cell) for at in (before, after)) for cell in changed)
+
+
+def _lies(shape: Shape | None, cell: int) -> str:
+    """Say what lies in a cell: "top left large red circle", "bottom middle nothing"."""
+    content = "nothing" if shape is None else f"{shape.size} {shape.colour} {shape.kind}"
+    return f"{_ROWS[cell // 3]} {_COLUMNS[cell % 3]} {content}"
 
 
 def _draw_edit(task: Task, form: str, scene: Scene, rng: random.Random, *, held_out: bool) -> Edit | None:
