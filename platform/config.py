@@ -73,9 +73,11 @@ class StageConfig(_Settings):
     """Samples a worker takes at once, at most. Accumulation makes up the rest."""
     learning_rate: Annotated[float, Field(gt=0)]
     learning_rates: dict[Part, Annotated[float, Field(gt=0)]] = {}
-    """Of parts that learn at another rate than `learning_rate`, with the same warm-up and schedule."""
+    """Of parts that learn at another rate than `learning_rate`, with the same schedule."""
     warmup: Share = 0.05
     """Share of the steps in which the learning rate rises."""
+    warmups: dict[Part, Share] = {}
+    """Of parts that rise longer than `warmup`, as what an earlier stage trained may wait for what begins to learn."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_learning_rate: Share = 0.0
     """Where the schedule ends, as a share of `learning_rate`."""
@@ -161,9 +163,10 @@ class RunConfig(_Settings):
             expected = STAGES[number].losses
             if set(stage.losses) != set(expected):
                 raise ValueError(f"{where}.losses must give a weight to each of {', '.join(expected)} and nothing else")
-            if idle := stage.learning_rates.keys() - STAGES[number].trains:
-                trained = ", ".join(sorted(STAGES[number].trains))
-                raise ValueError(f"{where}.learning_rates names {sorted(idle)[0]!r}; the stage trains {trained}")
+            for field, parts in (("learning_rates", stage.learning_rates), ("warmups", stage.warmups)):
+                if idle := parts.keys() - STAGES[number].trains:
+                    trained = ", ".join(sorted(STAGES[number].trains))
+                    raise ValueError(f"{where}.{field} names {sorted(idle)[0]!r}; the stage trains {trained}")
             if stage.global_batch % self.workers.count:
                 raise ValueError(
                     f"{where}.global_batch is {stage.global_batch}, which workers.count {self.workers.count} does not"

@@ -115,29 +115,37 @@ def _zero_settings(stage: int, device: torch.device) -> dict[str, Any]:
 def _parameter_groups(
     model: nn.Module, config: StageConfig, part_of: Callable[[str], Part | None]
 ) -> list[dict[str, Any]]:
-    """Groups of parameters with a learning rate and a weight decay of their own.
+    """Groups of parameters with a learning rate, a warm-up and a weight decay of their own.
 
     `scale` is a group's learning rate as a share of the stage's. Weight decay is for matrices; biases, norms and single
     vectors have none.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_parameters(model).items():
         part = part_of(name)
         own = config.learning_rates.get(part) if part else None
         scale = (own or config.learning_rate) / config.learning_rate
+        warmup = config.warmups.get(part, config.warmup) if part else config.warmup
         decay = config.weight_decay if len(parameter_shape(parameter)) >= 2 else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
+        groups.setdefault((scale, warmup, decay), []).append(parameter)
     return [
-        {"params": parameters, "scale": scale, "weight_decay": decay} for (scale, decay), parameters in groups.items()
+        {"params": parameters, "scale": scale, "warmup": warmup, "weight_decay": decay}
+        for (scale, warmup, decay), parameters in groups.items()
     ]
 
 
-def learning_rate(config: StageConfig, step: int) -> float:
-    """The learning rate of a step (from 0): a linear rise, then the schedule down to its end."""
-    warmup = math.ceil(config.warmup * config.steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(config.steps - warmup, 1)
+def learning_rate(config: StageConfig, step: int, warmup: float | None = None) -> float:
+    """The learning rate of a step (from 0): a linear rise, then the schedule down to its end.
+
+    Args:
+        config: of the stage.
+        step: from 0.
+        warmup: share of the steps in which it rises; the config's own if None.
+    """
+    rise = math.ceil((config.warmup if warmup is None else warmup) * config.steps)
+    if step < rise:
+        return config.learning_rate * (step + 1) / rise
+    progress = (step - rise) / max(config.steps - rise, 1)
     shape = {
         "constant": 1.0,
         "linear": 1 - progress,
@@ -146,10 +154,10 @@ def learning_rate(config: StageConfig, step: int) -> float:
     return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * shape)
 
 
-def set_learning_rate(engine: Any, value: float) -> None:
-    """Set the stage's learning rate of the next step; parts with one of their own follow in proportion."""
+def set_learning_rates(engine: Any, config: StageConfig, step: int) -> None:
+    """Set every group's learning rate for a step (from 0)."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = value * group["scale"]
+        group["lr"] = group["scale"] * learning_rate(config, step, group["warmup"])
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

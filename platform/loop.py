@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from insightedit.platform.config import StageConfig
-from insightedit.platform.engine import learning_rate, set_learning_rate
+from insightedit.platform.engine import learning_rate, set_learning_rates
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.mixtures import step_positions
 
@@ -141,7 +141,7 @@ class StageLoop:
         window = self._window(step)
         self._meter.waited += time.perf_counter() - began
         totals = self._totals(window)
-        set_learning_rate(self._engine, learning_rate(self._config, step))
+        set_learning_rates(self._engine, self._config, step)
         for batch in window:
             loss, sums = self._engine(batch, totals)
             self._engine.backward(loss)

@@ -53,6 +53,7 @@ def test_overrides_change_single_values() -> None:
         ("workres.count=1", ("workres", "workers")),
         ("data.datasets.edits.opts=1", ("data.datasets.edits.opts", "options")),
         ("stages.3.learning_rates={lora: 1e-3}", ("stages.3.learning_rates", "'lora'", "image_branch")),
+        ("stages.3.warmups={lora: 0.5}", ("stages.3.warmups", "'lora'", "image_branch")),
         ("stages.2.learning_rates={bridge: 1e-3}", ("stages.2.learning_rates", "'bridge'", "'bim'")),
         ("model.diffusion.condition_drop=0.5", ("model.diffusion", "condition_drop", "third")),
         ("stages.4.steps=1", ("stages.4", "less than or equal to 3")),

@@ -67,13 +67,14 @@ def reference(training: TrainingPlan) -> dict[int, dict[str, Tensor]]:
         model.begin_stage(number)
         stream = training.stream(number)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Only stage 2 trains the head, which is the part with a learning rate of its own.
+        # Only stage 2 trains the head, which is the part with a learning rate and a warm-up of its own.
         head = [parameter for parameter in model.head.parameters() if parameter.requires_grad]
         rest = [parameter for parameter in trained if all(parameter is not other for other in head)]
         optimizer = torch.optim.AdamW(
             [{"params": rest}, {"params": head}], lr=1.0, betas=config.betas, weight_decay=config.weight_decay
         )
         head_scale = config.learning_rates.get("bim", config.learning_rate) / config.learning_rate
+        warmups = (config.warmup, config.warmups.get("bim", config.warmup))
         for step in range(config.steps):
             batch = whole_batch(stream, step)
             terms = model(batch, number)
@@ -81,8 +82,8 @@ def reference(training: TrainingPlan) -> dict[int, dict[str, Tensor]]:
             optimizer.zero_grad()
             torch.stack(parts).sum().backward()
             torch.nn.utils.clip_grad_norm_(trained, config.clip)
-            for group, scale in zip(optimizer.param_groups, (1.0, head_scale), strict=True):
-                group["lr"] = scale * learning_rate(config, step)
+            for group, scale, warmup in zip(optimizer.param_groups, (1.0, head_scale), warmups, strict=True):
+                group["lr"] = scale * learning_rate(config, step, warmup)
             optimizer.step()
         after[number] = {name: value.detach().clone() for name, value in model.named_parameters()}
     return after
@@ -104,7 +105,14 @@ def test_two_workers_with_zero_reach_the_weights_of_one_process(tmp_path: Path, 
     config = toy.toy_config(
         {
             1: {"steps": 12, "losses": {"L_LLM": 1.0, "L_IB": 0.5, "L_TB": 2.0}, "schedule": "linear", "warmup": 0.3},
-            2: {"steps": 12, "micro_batch": 1, "weight_decay": 0.0, "clip": 0.5, "learning_rates": {"bim": 0.004}},
+            2: {
+                "steps": 12,
+                "micro_batch": 1,
+                "weight_decay": 0.0,
+                "clip": 0.5,
+                "learning_rates": {"bim": 0.004},
+                "warmups": {"bim": 0.5},
+            },
             3: {"steps": 12, "zero": 3, "micro_batch": 2, "datasets": {"bb": 9.0, "a": 1.0}},
         },
         datasets=("a", "bb"),
@@ -256,6 +264,8 @@ def test_learning_rates(schedule: str, expected: list[float]) -> None:
     config = toy.toy_config({1: settings}).stages[1]
     assert isinstance(config, StageConfig)
     assert [learning_rate(config, step) for step in range(8)] == pytest.approx(expected)
+    rising = [learning_rate(config, step, warmup=0.75) for step in range(6)]
+    assert rising == pytest.approx([k / 6 for k in range(1, 7)])
 
 
 # -- the real model, tiny, through the job --------------------------------------------------------------------------
