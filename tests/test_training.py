@@ -188,7 +188,8 @@ class Engine:
     """Stands in for DeepSpeed's."""
 
     def __init__(self, norm: float = 1.0, weight: float = 1.0) -> None:
-        self.optimizer = torch.optim.SGD([{"params": [torch.zeros(1, requires_grad=True)], "scale": 1.0}])
+        parameter = torch.zeros(1, requires_grad=True)
+        self.optimizer = torch.optim.SGD([{"params": [parameter], "scale": 1.0, "warmup": 0.0}])
         self.norm = norm
         self.weight = weight
         self.rates: list[float] = []
