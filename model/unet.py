@@ -57,27 +57,24 @@ class DecoupledCrossAttention(nn.Module):
         context = encoder_hidden_states
         keys_values = context.projected.get(self.name) or self.project(attn, context)
         query = attn.to_q(hidden_states)
-        attend = _attend_plainly if self.plain else _attend
-        attended = attend(query, keys_values[0], keys_values[1], attn.heads)
+        attended = _attend(query, keys_values[0], keys_values[1], attn.heads, plain=self.plain)
         if context.image is not None:
-            image = attend(query, keys_values[2], keys_values[3], attn.heads)
+            image = _attend(query, keys_values[2], keys_values[3], attn.heads, plain=self.plain)
             if context.image_weight is not None:
                 image = context.image_weight.to(image.dtype)[:, None, None] * image
             attended = attended + image
         return attn.to_out[1](attn.to_out[0](attended))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Multi-head attention on (B, S, E) and (B, T, E)."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, *, plain: bool) -> Tensor:
+    """Multi-head attention on (B, S, E) and (B, T, E); plain as `use_plain_attention` wants it."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def _attend_plainly(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """`_attend` as two products and a softmax: see `use_plain_attention`."""
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    return (scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    if plain:
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        attended = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+    else:
+        attended = F.scaled_dot_product_attention(q, k, v)
+    return attended.transpose(1, 2).flatten(2)
 
 
 class ConditionedConv(nn.Conv2d):
