@@ -203,7 +203,7 @@ def build_tokenizer(length: int, *, ends: bool) -> PreTrainedTokenizerFast:
     rng = random.Random(0)
     corpus = [*vocabulary_corpus(), *["USER: ASSISTANT:", DESCRIBE] * 50]
     for seed in range(3000):
-        edit = sample_edit(seed, "train")
+        edit = sample_edit(seed, "train", fronted=False)
         corpus += [edit.simple, edit.advanced, *statements(edit.source, rng, 4)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from insightedit.model.configuration import SourcesConfig
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import RunConfig
-from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
-from insightedit.platform.ingest import Ingestion, ingest
-from insightedit.platform.shards import PreparedData, ShardManifest
+from insightedit.platform.sharding import Sharding, prepared_manifest, write_shards
+from insightedit.platform.storage import Store
 from insightedit.platform.workdir import Workdir
 
 
@@ -23,7 +21,7 @@ class PreparedDataset:
     """What preparing one dataset gave."""
 
     name: str
-    folder: Path
+    store: Store
     rows: int
     quarantined: int
     fingerprint: str
@@ -36,7 +34,7 @@ class PreparedDataset:
 
 
 Progress = Callable[[str, int, int], None]
-"""Is told a dataset's name, its rows that are ready and all its rows."""
+"""Is told a dataset's name, its rows that are ready and about how many there are."""
 
 
 def prepare(
@@ -46,8 +44,8 @@ def prepare(
 
     Args:
         config: what to prepare.
-        workdir: its `data` folder gets a folder for each dataset.
-        rebuild: make shards of other settings again instead of refusing them.
+        workdir: its `data` folder gets a folder for each dataset, unless `data.store` names another place.
+        rebuild: delete what is there and begin anew, instead of refusing shards of other settings.
         progress: is told how far it is.
 
     Raises:
@@ -60,15 +58,18 @@ def prepare(
     with connected():
         for name in config.data.datasets:
             began = time.perf_counter()
-            folder = workdir.data / name
-            ingestion = _ingestion(config, sources, name)
-            manifest = None if rebuild else _existing(ingestion, folder)
+            store = Store.at(config.data.store or workdir.data).child(name)
+            sharding = _sharding(config, sources, name)
+            if rebuild:
+                store.delete()
+            manifest = prepared_manifest(sharding, store)
             reused = manifest is not None
             if manifest is None:
-                manifest = _make(ingestion, folder, progress)
+                told = None if progress is None else functools.partial(progress, name)
+                manifest = write_shards(sharding, store, told)
             result[name] = PreparedDataset(
                 name=name,
-                folder=folder,
+                store=store,
                 rows=manifest.rows,
                 quarantined=manifest.quarantined,
                 fingerprint=manifest.fingerprint,
@@ -79,15 +80,18 @@ def prepare(
     return result
 
 
-def _ingestion(config: RunConfig, sources: SourcesConfig, name: str) -> Ingestion:
+def _sharding(config: RunConfig, sources: SourcesConfig, name: str) -> Sharding:
     data = config.data
-    return Ingestion(
+    return Sharding(
         name=name,
         dataset=data.datasets[name],
+        seed=config.seed,
         rows_per_shard=data.rows_per_shard,
         quarantine_limit=data.quarantine_limit,
+        pictures=data.pictures,
         resolution=config.model.resolution,
-        encoder=_RecordEncoder,
+        tasks=data.read_tasks,
+        encoder=_RecordEncoder if data.encode == "ahead" else None,
         encoder_arguments=(sources, config.model.resolution),
         encoder_workers=data.encoder_workers,
         encoder_gpus=data.encoder_gpus,
@@ -105,45 +109,3 @@ class _RecordEncoder:
 
     def __call__(self, table: Any) -> Any:
         return self._encoder(table)
-
-
-def _existing(ingestion: Ingestion, folder: Path) -> ShardManifest | None:
-    """The manifest of shards that are there already; None where there are none.
-
-    Raises:
-        UsageError: they were made with other settings.
-    """
-    try:
-        manifest = PreparedData.open(folder).manifest
-    except NotFoundError:
-        return None
-    if (manifest.source, manifest.resolution) != (ingestion.source, ingestion.resolution):
-        raise UsageError(
-            f"{folder} was prepared with other settings; prepare it again with --rebuild, or use another --workdir."
-        )
-    return manifest
-
-
-def _make(ingestion: Ingestion, folder: Path, progress: Progress | None) -> ShardManifest:
-    """Make the shards, replacing what is there once they are whole."""
-    old = folder.with_name(f"old-{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    ready = 0
-    total = ingestion.rows
-
-    def on_progress(rows: int) -> None:
-        nonlocal ready
-        ready += rows
-        if progress is not None:
-            progress(ingestion.name, ready, total)
-
-    try:
-        manifest = ingest(ingestion, folder, on_progress)
-    except InsightEditError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    return manifest

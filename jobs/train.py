@@ -165,7 +165,7 @@ def training_plan(
         config=config,
         task=task,
         stages=tuple(stages),
-        datasets={key: dataset.folder for key, dataset in datasets.items()},
+        datasets={key: dataset.store for key, dataset in datasets.items()},
         tracking=tracked,
     )
 

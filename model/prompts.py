@@ -87,6 +87,11 @@ class PromptEncoder:
             starts.append(len(text))
         return {"input_ids": ids, "attention_mask": mask, "mm_start": torch.tensor(starts)}
 
+    @property
+    def image_side(self) -> int:
+        """Side in pixels of the squares that the model's image processor ends with."""
+        return self._side
+
     def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
         """The image side of a batch: what the model's image processor gives for uint8 (B, 3, H, W)."""
         square = (squared(pixels, self._side) * 255).round().to(torch.uint8)

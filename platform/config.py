@@ -42,13 +42,31 @@ class DatasetConfig(_Settings):
     """What the reader is told: split, count, seed, folder."""
 
 
+class PictureConfig(_Settings):
+    """How pictures are kept in shards."""
+
+    shorter_side: Count | None = None
+    """Pixels to which the shorter side of larger pictures is reduced; smaller ones stay as they are."""
+    format: Literal["keep", "png", "jpeg", "webp"] = "keep"
+    """`keep` leaves the file as it is, or makes a PNG of what is resized."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Of JPEG and WebP."""
+
+
 class DataConfig(_Settings):
     """What is prepared before training."""
 
     datasets: dict[str, DatasetConfig]
     validation: DatasetConfig | None = None
     """Edits whose pictures are tracked while training."""
+    store: str | None = None
+    """Where the shards lie: a folder, or a URI such as `s3://bucket/folder`; without it in the work folder."""
+    pictures: PictureConfig = PictureConfig()
+    encode: Literal["ahead", "while_training"] = "ahead"
+    """Whether latents and embeddings are kept in the shards, or computed by a pool of encoders while training."""
     rows_per_shard: Count = 512
+    read_tasks: Count = 2
+    """Tasks at a time that read, check and write a dataset."""
     quarantine_limit: Share = 0.01
     """Share of bad rows above which preparing a dataset stops."""
     encoder_workers: Count = 2
@@ -195,7 +213,7 @@ class RunConfig(_Settings):
             for key, fields in text["stages"].items()
             if int(key) <= stage
         }
-        for name in ("encoder_workers", "encoder_gpus", "validation"):
+        for name in ("encoder_workers", "encoder_gpus", "read_tasks", "store", "quarantine_limit", "validation"):
             text["data"].pop(name)
         return _sha256({**text, "stages": stages})
 
@@ -275,12 +293,25 @@ def _overlaid(base: dict[Any, Any], top: dict[Any, Any]) -> dict[str, Any]:
     return result
 
 
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """Name and value of a `section.key=value`, the value as in YAML.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    name, separator, text = setting.partition("=")
+    if not separator or not name.strip():
+        raise UsageError(f"--set {setting} is not of the form section.key=value.")
+    try:
+        return name.strip(), yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {setting}: the value is not YAML.") from None
+
+
 def _override(content: dict[Any, Any], override: str) -> None:
     """Apply one `section.key=value` in place."""
-    name, separator, text = override.partition("=")
-    if not separator or not name.strip():
-        raise UsageError(f"--set {override} is not of the form section.key=value.")
-    *sections, last = name.strip().split(".")
+    name, value = parse_setting(override)
+    *sections, last = name.split(".")
     place = content
     for section in sections:
         key = int(section) if section.isdecimal() else section
@@ -288,10 +319,7 @@ def _override(content: dict[Any, Any], override: str) -> None:
         # A copy: what a file extends may be shared.
         place[key] = dict(cast(dict[Any, Any], inner)) if isinstance(inner, dict) else {}
         place = place[key]
-    try:
-        place[int(last) if last.isdecimal() else last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {override}: the value is not YAML.") from None
+    place[int(last) if last.isdecimal() else last] = value
 
 
 def _sentence(error: ValidationError, path: Path) -> str:

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from insightedit.model.configuration import ModelConfig
-from insightedit.model.encoders import to_pixels
 from insightedit.model.insightedit import InsightEditModel, build_pipeline
 from insightedit.model.prompts import PromptEncoder
 from insightedit.model.stages import STAGES, Part, part_of
 from insightedit.platform.config import DatasetConfig
-from insightedit.platform.datasets import reader_named
-from insightedit.platform.encoding import pictures_of
+from insightedit.platform.datasets import reader_named, records_of
+from insightedit.platform.encoding import RecordEncoder
 from insightedit.platform.errors import InsightEditError
+from insightedit.platform.pictures import decode_squares, to_tensor
 from insightedit.platform.records import Record, decode_image
 from insightedit.platform.shards import Table, features_of
-from insightedit.platform.streams import Arrays, Collate
+from insightedit.platform.streams import Arrays, Collate, Encode
 
 _NEED_TARGET = frozenset({"L_IAA", "L_diff1", "L_diff2"})
 _GAP = 2
@@ -37,7 +37,7 @@ class EditingTask:
     model: ModelConfig
     """With sources resolved."""
     encoders: str
-    """Fingerprint of the encoders that the shards' features come from."""
+    """Fingerprint of the encoders that the shards' features come from; empty where they are encoded while training."""
     validation: DatasetConfig | None
 
     def build_model(self) -> nn.Module:
@@ -47,7 +47,7 @@ class EditingTask:
             InsightEditError: the shards were encoded by other encoders than the model's.
         """
         pipeline = build_pipeline(self.model)
-        if pipeline.encoders.fingerprint() != self.encoders:
+        if self.encoders and pipeline.encoders.fingerprint() != self.encoders:
             raise InsightEditError("The shards come from other encoders than the model's; prepare the data again.")
         return InsightEditModel(pipeline, self.model.lora, self.model.diffusion)
 
@@ -57,11 +57,16 @@ class EditingTask:
         prompts = PromptEncoder(processor, self.model.num_mm_tokens, self.model.prompt_length)
 
         def collate(table: Table) -> Arrays:
-            images = _image_inputs(prompts, pictures_of(table.column("source")))
+            squares = decode_squares(table.column("source").to_pylist(), prompts.image_side)
+            images = prompts.encode_images(to_tensor(squares))
             inputs = {**prompts.encode_text(table.column("instruction").to_pylist(), cut=True), **images}
             return {**features_of(table), **{name: tensor.numpy() for name, tensor in inputs.items()}}
 
         return collate
+
+    def make_encoder(self) -> Encode:
+        """The model's own frozen encoders."""
+        return RecordEncoder(self.model.sources, self.model.resolution)
 
     def part_of(self, parameter: str) -> Part | None:
         """The design's parts: `lora`, `unet`, `bim` and so on."""
@@ -82,21 +87,13 @@ class EditingTask:
         if self.validation is None or stage == 1:
             return {}
         reader = reader_named(self.validation.reader)
-        records = list(reader.records(self.validation.options))
+        records = [row for row in records_of(reader, self.validation.options) if isinstance(row, Record)]
         pipeline: Any = cast(InsightEditModel, model).pipeline(image_branch=stage == 3)
         sources = [_picture(record.source) for record in records]
         generators = [torch.Generator().manual_seed(number) for number in range(len(records))]
         instructions = [record.instruction for record in records]
         edits: list[Image.Image] = pipeline(instructions, sources, generator=generators).images
         return {"edits": _sheet(records, sources, edits)}
-
-
-def _image_inputs(prompts: PromptEncoder, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-    """The language model's image inputs; pictures of different sizes are prepared one by one."""
-    if len({picture.size for picture in pictures}) == 1:
-        return prompts.encode_images(to_pixels(pictures))
-    rows = [prompts.encode_images(to_pixels([picture])) for picture in pictures]
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def _picture(data: bytes | None) -> Image.Image:

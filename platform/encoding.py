@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPTextModel, CLIPVisionModelWithProjection
 
 from insightedit.model.configuration import SourcesConfig
-from insightedit.model.encoders import FrozenEncoders, to_pixels
+from insightedit.model.encoders import FrozenEncoders, squared
+from insightedit.platform.pictures import decode_squares, to_tensor
 from insightedit.platform.shards import Table, add_features
 
 _IMAGES = 64
@@ -34,11 +32,6 @@ def load_encoders(sources: SourcesConfig) -> FrozenEncoders:
         image_encoder=CLIPVisionModelWithProjection.from_pretrained(clip, **float32),
         image_processor=AutoImageProcessor.from_pretrained(clip),
     )
-
-
-def pictures_of(column: Any) -> list[Image.Image]:
-    """The pictures of a column of encoded files."""
-    return [Image.open(io.BytesIO(data)).convert("RGB") for data in column.to_pylist()]
 
 
 class RecordEncoder:
@@ -64,6 +57,8 @@ class RecordEncoder:
         self.fingerprint = encoders.fingerprint()
         self._encoders = encoders.to(self._device)
         self._resolution = resolution
+        # Each picture is decoded once, large enough for both towers.
+        self._side = max(resolution, encoders.image_encoder.config.image_size)
 
     def __call__(self, table: Table) -> Table:
         """Encode the records of a table."""
@@ -75,7 +70,7 @@ class RecordEncoder:
         source = np.array([place[data] for data in sources.to_pylist()])
         pairs = zip(targets.to_pylist(), sources.to_pylist(), strict=True)
         target = np.array([place[data or own] for data, own in pairs])
-        patches, embeds, moments = self._encode_images(pictures_of(pa.chunked_array([distinct])))
+        patches, embeds, moments = self._encode_images(distinct)
         features = {
             "clip_patches": patches[source],
             "source_embeds": embeds[source],
@@ -87,14 +82,14 @@ class RecordEncoder:
         }
         return add_features(table, features)
 
-    def _encode_images(self, pictures: Sequence[Image.Image]) -> list[NDArray[Any]]:
-        """Patches, embeddings and moments."""
+    def _encode_images(self, files: Sequence[bytes]) -> list[NDArray[Any]]:
+        """Patches, embeddings and moments of encoded pictures."""
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        side = self._resolution
-        for some in _runs(pictures, _IMAGES):
-            features = self._encoders.encode_images(to_pixels(some))
-            squares = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in some]
-            parts.append((features.patches, features.embeds, self._encoders.encode_latents(to_pixels(squares))))
+        for start in range(0, len(files), _IMAGES):
+            pixels = to_tensor(decode_squares(files[start : start + _IMAGES], self._side))
+            features = self._encoders.encode_images(pixels)
+            square = (squared(pixels, self._resolution) * 255).round().to(torch.uint8)
+            parts.append((features.patches, features.embeds, self._encoders.encode_latents(square)))
         return [_half(torch.cat(column)) for column in zip(*parts, strict=True)]
 
     def _encode_texts(self, texts: Sequence[str]) -> NDArray[Any]:
@@ -106,16 +101,6 @@ def _spoken(table: Table) -> list[str]:
     """The text of each record that stage 1 aligns with: its reply, or its instruction where it has none."""
     pairs = zip(table.column("reply").to_pylist(), table.column("instruction").to_pylist(), strict=True)
     return [reply or instruction for reply, instruction in pairs]
-
-
-def _runs(pictures: Sequence[Image.Image], size: int) -> list[list[Image.Image]]:
-    """Pictures in batches of one shape, in their order."""
-    runs: list[list[Image.Image]] = []
-    for picture in pictures:
-        if not runs or len(runs[-1]) == size or runs[-1][0].size != picture.size:
-            runs.append([])
-        runs[-1].append(picture)
-    return runs
 
 
 def _half(tensor: Tensor) -> NDArray[Any]:

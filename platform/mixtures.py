@@ -6,9 +6,9 @@ sample's noise. Nothing here depends on how many workers there are or where a ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ _CYCLE = 1000
 """Positions in which a mixture's weights are met exactly (to a thousandth)."""
 # What the streams of random numbers are for; a stream never serves two purposes.
 _ORDER, _SHARDS, _ROWS, _NOISE = range(4)
+
+Ints = NDArray[np.int64]
 
 
 class Rows(NamedTuple):
@@ -35,6 +37,8 @@ class Mixture:
     """Datasets mixed by weight. Each is shuffled anew in every epoch and repeats as often as it is needed.
 
     Rows are shuffled within windows of shards whose order is shuffled, so that neighbouring positions need few shards.
+    Within a cycle, the n-th of k uses of a dataset lies at random in the n-th of k equal parts: the shares of any run
+    of positions are those of the weights, but for two uses or so.
     """
 
     def __init__(
@@ -49,41 +53,91 @@ class Mixture:
             window: shards whose rows are shuffled together.
         """
         self.names = list(datasets)
-        self._shard_rows = [tuple(rows) for _, rows in datasets.values()]
         self._key = (seed, stage)
-        self._window = window
-        self._share = _shares([weight for weight, _ in datasets.values()])
+        self._share = np.array(_shares([weight for weight, _ in datasets.values()]))
+        self._sets = [
+            _ShuffledRows((seed, stage, number), rows, window) for number, (_, rows) in enumerate(datasets.values())
+        ]
+        self._cycles = _Recent[int, tuple[Ints, Ints]](8)
 
-    def rows(self, positions: NDArray[np.int64]) -> Rows:
+    @property
+    def epoch_length(self) -> int:
+        """Positions in which every row of the largest dataset is used once; smaller ones repeat."""
+        if len(self._sets) == 1:
+            return self._sets[0].total
+        largest = max(range(len(self._sets)), key=lambda number: self._sets[number].total)
+        return -(-self._sets[largest].total * _CYCLE // int(self._share[largest]))
+
+    def rows(self, positions: Ints) -> Rows:
         """Look up positions, in any order."""
-        result = Rows(*(np.zeros(len(positions), np.int64) for _ in Rows._fields))
-        for index, position in enumerate(positions.tolist()):
-            dataset, use = self._use(position)
-            shard, row = self._row(dataset, use)
-            seed = int(_generator(*self._key, _NOISE, position).integers(2**63))
-            for column, value in zip(result, (dataset, shard, row, seed), strict=True):
-                column[index] = value
-        return result
+        dataset, use = self._uses(positions)
+        shard, row = np.zeros_like(dataset), np.zeros_like(dataset)
+        for number, places in _groups(dataset):
+            shard[places], row[places] = self._sets[number].at(use[places])
+        return Rows(dataset, shard, row, _noise((*self._key, _NOISE), positions))
 
-    def _use(self, position: int) -> tuple[int, int]:
-        """The dataset of a position, and how many earlier positions had the same."""
-        if len(self.names) == 1:
-            return 0, position
-        cycle, offset = divmod(position, _CYCLE)
-        order, before = _cycle_order(self._key, cycle, self._share)
-        dataset = int(order[offset])
-        return dataset, cycle * self._share[dataset] + int(before[offset])
+    def _uses(self, positions: Ints) -> tuple[Ints, Ints]:
+        """The dataset of each position, and how many earlier positions had the same."""
+        if len(self._sets) == 1:
+            return np.zeros_like(positions), positions
+        cycles, offsets = np.divmod(positions, _CYCLE)
+        dataset, use = np.zeros_like(positions), np.zeros_like(positions)
+        for cycle, places in _groups(cycles):
+            order, before = self._cycles.get(cycle, self._cycle)
+            dataset[places] = order[offsets[places]]
+            use[places] = cycle * self._share[dataset[places]] + before[offsets[places]]
+        return dataset, use
 
-    def _row(self, dataset: int, use: int) -> tuple[int, int]:
-        """Shard and row that a dataset gives at its n-th use."""
-        shard_rows = self._shard_rows[dataset]
-        epoch, offset = divmod(use, sum(shard_rows))
-        key = (*self._key, dataset, epoch)
-        windows, ends = _epoch_windows(key, shard_rows, self._window)
-        number = int(np.searchsorted(ends, offset, side="right"))
-        start = int(ends[number - 1]) if number else 0
-        shard, row = _window_order(key, number, windows[number], shard_rows)[offset - start]
-        return int(shard), int(row)
+    def _cycle(self, cycle: int) -> tuple[Ints, Ints]:
+        """Dataset of each position of a cycle, and how often the cycle had it before."""
+        generator = _generator(*self._key, _ORDER, cycle)
+        numbers = [np.arange(share) for share in self._share]
+        places = np.concatenate([(number + generator.random(len(number))) / len(number) for number in numbers])
+        order = np.argsort(places)
+        return np.repeat(np.arange(len(self._share)), self._share)[order], np.concatenate(numbers)[order]
+
+
+class _ShuffledRows:
+    """The rows of one dataset's shards in the order of their uses, epoch after epoch."""
+
+    def __init__(self, key: tuple[int, ...], shard_rows: Sequence[int], window: int) -> None:
+        self.total = sum(shard_rows)
+        self._key = key
+        self._shard_rows = np.array(shard_rows)
+        self._window = window
+        self._epochs = _Recent[int, tuple[Ints, Ints]](4)
+        self._windows = _Recent[tuple[int, int], tuple[Ints, Ints]](8)
+
+    def at(self, uses: Ints) -> tuple[Ints, Ints]:
+        """Shard and row of each use."""
+        shard, row = np.zeros_like(uses), np.zeros_like(uses)
+        epochs, offsets = np.divmod(uses, self.total)
+        for epoch, in_epoch in _groups(epochs):
+            _, ends = self._epochs.get(epoch, self._epoch)
+            numbers = np.searchsorted(ends, offsets[in_epoch], side="right")
+            for number, places in _groups(numbers):
+                start = int(ends[number - 1]) if number else 0
+                shards, rows = self._windows.get((epoch, number), self._order)
+                chosen = in_epoch[places]
+                shard[chosen] = shards[offsets[chosen] - start]
+                row[chosen] = rows[offsets[chosen] - start]
+        return shard, row
+
+    def _epoch(self, epoch: int) -> tuple[Ints, Ints]:
+        """An epoch's order of shards, and the number of rows up to the end of each window of them."""
+        order = _generator(*self._key, epoch, _SHARDS).permutation(len(self._shard_rows))
+        starts = np.arange(0, len(order), self._window)
+        return order, np.cumsum(np.add.reduceat(self._shard_rows[order], starts))
+
+    def _order(self, place: tuple[int, int]) -> tuple[Ints, Ints]:
+        """Shard and row of every use in a window of an epoch."""
+        epoch, number = place
+        order, _ = self._epochs.get(epoch, self._epoch)
+        window = order[number * self._window : (number + 1) * self._window]
+        counts = self._shard_rows[window]
+        rows = np.concatenate([np.arange(count) for count in counts])
+        shuffled = _generator(*self._key, epoch, _ROWS, number).permutation(len(rows))
+        return np.repeat(window, counts)[shuffled], rows[shuffled]
 
 
 def step_positions(step: int, *, global_batch: int, world: int, rank: int) -> NDArray[np.int64]:
@@ -99,8 +153,45 @@ def micro_batch_size(global_batch: int, world: int, at_most: int) -> int:
     return max(size for size in range(1, min(at_most, share) + 1) if share % size == 0)
 
 
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class _Recent(Generic[Key, Value]):
+    """The values that were asked for last; the others are computed again."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+
+    def get(self, key: Key, make: Callable[[Key], Value]) -> Value:
+        if key not in self._values:
+            if len(self._values) == self._size:
+                self._values.popitem(last=False)
+            self._values[key] = make(key)
+        self._values.move_to_end(key)
+        return self._values[key]
+
+
+def _groups(numbers: Ints) -> Iterator[tuple[int, Ints]]:
+    """Each distinct number with its places, in rising order."""
+    order = np.argsort(numbers, kind="stable")
+    distinct, starts = np.unique(numbers[order], return_index=True)
+    yield from zip(distinct.tolist(), np.split(order, starts[1:]), strict=True)
+
+
 def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
+def _noise(key: Sequence[int], positions: Ints) -> Ints:
+    """A number of 63 bits for each position: SplitMix64 from a state that the key decides."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    with np.errstate(over="ignore"):
+        mixed = state + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
 
 
 def _shares(weights: Sequence[float]) -> tuple[int, ...]:
@@ -111,38 +202,3 @@ def _shares(weights: Sequence[float]) -> tuple[int, ...]:
         step = 1 if share.sum() < _CYCLE else -1
         share[int(np.argmax(step * (exact - share)))] += step
     return tuple(share.tolist())
-
-
-@lru_cache(maxsize=8)
-def _cycle_order(
-    key: tuple[int, int], cycle: int, share: tuple[int, ...]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Dataset of each position of a cycle, and how often the cycle had it before."""
-    order = np.repeat(np.arange(len(share)), share)
-    _generator(*key, _ORDER, cycle).shuffle(order)
-    before = np.zeros(len(order), np.int64)
-    for dataset in range(len(share)):
-        places = np.flatnonzero(order == dataset)
-        before[places] = np.arange(len(places))
-    return order, before
-
-
-@lru_cache(maxsize=32)
-def _epoch_windows(
-    key: tuple[int, ...], shard_rows: tuple[int, ...], size: int
-) -> tuple[list[tuple[int, ...]], NDArray[np.int64]]:
-    """An epoch's windows of shards, and the number of rows up to the end of each."""
-    order: list[int] = _generator(*key, _SHARDS).permutation(len(shard_rows)).tolist()
-    windows = [tuple(order[start : start + size]) for start in range(0, len(order), size)]
-    ends = np.cumsum([sum(shard_rows[shard] for shard in window) for window in windows])
-    return windows, ends
-
-
-@lru_cache(maxsize=32)
-def _window_order(
-    key: tuple[int, ...], number: int, window: tuple[int, ...], shard_rows: tuple[int, ...]
-) -> NDArray[np.int64]:
-    """Shard and row (n, 2) of every place in a window."""
-    rows = [np.stack([np.full(shard_rows[shard], shard), np.arange(shard_rows[shard])], axis=1) for shard in window]
-    pairs = np.concatenate(rows)
-    return pairs[_generator(*key, _ROWS, number).permutation(len(pairs))]

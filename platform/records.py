@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Final, Literal, cast, get_args
 
@@ -17,6 +20,25 @@ from insightedit.platform.errors import UsageError
 
 RecordTask = Literal["caption", "edit", "segment", "chat"]
 RECORD_TASKS: Final[tuple[RecordTask, ...]] = get_args(RecordTask)
+
+Reason = Literal[
+    "missing_file",
+    "missing_field",
+    "invalid_json",
+    "invalid_archive",
+    "not_an_image",
+    "truncated_image",
+    "decompression_bomb",
+    "wrong_size",
+    "mask_size",
+    "invalid_mask",
+    "empty_instruction",
+]
+REASONS: Final[tuple[Reason, ...]] = get_args(Reason)
+"""Why a row is set aside. `wrong_size`: source and target differ in size, `mask_size`: a mask and its picture do."""
+
+MAX_PIXELS: Final = 100_000_000
+"""Pixels of a picture above which it is taken for a decompression bomb, and not decoded."""
 
 RECORD_SCHEMA: Final[pa.Schema] = pa.schema(
     [
@@ -83,6 +105,30 @@ class Record:
         return cast(dict[str, object], json.loads(self.meta))
 
 
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row of a dataset that cannot become a record.
+
+    Attributes:
+        key: as the record's would be, or the file's name where a whole file is bad.
+        reason: one of `REASONS`.
+        detail: one sentence that names the file or field.
+    """
+
+    key: str
+    reason: Reason
+    detail: str
+
+
+class BadRowError(UsageError):
+    """What is read cannot become a record; `reason` is one of `REASONS`."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        """Say why: the reason for counting, and one sentence for people."""
+        super().__init__(detail)
+        self.reason: Reason = reason
+
+
 def to_table(records: Iterable[Record]) -> pa.Table:  # pyright: ignore[reportUnknownParameterType] - pyarrow has no types
     """Collect records in an Arrow table of `RECORD_SCHEMA`."""
     return pa.Table.from_pylist([record.row() for record in records], schema=RECORD_SCHEMA)
@@ -111,10 +157,63 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         Pixels (H, W, 3), uint8 RGB.
 
     Raises:
-        UsageError: The bytes are not a whole picture.
+        BadRowError: The bytes are not a whole picture, or are one of more than `MAX_PIXELS`.
     """
+    return np.asarray(open_image(data)[0])
+
+
+def open_image(data: bytes, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode a picture, as `decode_image`, for Pillow.
+
+    Args:
+        data: the encoded picture.
+        at_least: a JPEG may be decoded at a reduced scale, as long as its shorter side keeps this many pixels.
+
+    Returns:
+        The picture in RGB, and its full size: (width, height) in pixels.
+    """
+    with _opened(data) as image:
+        size = image.size
+        if at_least is not None:
+            image.draft("RGB", (at_least, at_least))
+        return image.convert("RGB"), size
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a picture in pixels, from its header alone.
+
+    Raises:
+        BadRowError: as `decode_image`, where the header shows it.
+    """
+    with _opened(data) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture whose pixels are not decoded yet; what is wrong with it is said in our words.
+
+    Pillow warns of large pictures and refuses larger ones; the limit here is our own.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"The picture cannot be read: {error}; give a whole PNG, JPEG or WebP file.") from error
+            if image.width * image.height > MAX_PIXELS:
+                raise BadRowError(
+                    "decompression_bomb",
+                    f"The picture cannot be read: it has {image.width}x{image.height} pixels, and {MAX_PIXELS} are"
+                    " allowed; make it smaller.",
+                )
+            yield image
+    except UnidentifiedImageError:
+        raise BadRowError(
+            "not_an_image", "The picture cannot be read: it is no known format; give a whole PNG, JPEG or WebP file."
+        ) from None
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        if isinstance(error, BadRowError):
+            raise
+        detail = f"The picture cannot be read: {error}; give a whole PNG, JPEG or WebP file."
+        raise BadRowError("truncated_image", detail) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -1,7 +1,7 @@
 """Prepared datasets: folders of Parquet shards with records, and features of the frozen encoders beside them.
 
-A folder is written under a temporary name and renamed when it is whole. Its manifest says what it was made from, so
-that shards of other settings, other encoders or another version of a dataset are refused instead of trained on.
+A folder is whole when its manifest is there. The manifest says what it was made from, so that shards of other settings,
+other encoders or another version of a dataset are refused instead of trained on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from insightedit.platform.errors import InsightEditError, NotFoundError
+from insightedit.platform.storage import Store
 
 Table = Any
 """A table of pyarrow, which has no types."""
@@ -43,12 +44,10 @@ class ShardManifest:
     """What a prepared dataset holds, and what it was made from."""
 
     dataset: str
-    source: str
-    """Fingerprint of the dataset and of the options it was read with."""
+    plan: Mapping[str, Any]
+    """The settings that its bytes depend on: the source's fingerprint, seed, form of the pictures and more."""
     encoders: str
     """Fingerprint of the frozen encoders; empty where nothing was encoded ahead."""
-    resolution: int
-    """Side in pixels of the encoded squares."""
     shards: tuple[Shard, ...]
     quarantined: int
     """Bad rows, listed in `quarantine.jsonl`."""
@@ -63,58 +62,64 @@ class ShardManifest:
         """A sha256 over everything: two datasets with the same hold the same bytes."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
+    def to_json(self) -> str:
+        """The text of `MANIFEST.json`; the last file of a folder."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
     @classmethod
-    def read(cls, folder: Path) -> ShardManifest:
+    def read(cls, store: Store) -> ShardManifest:
         """Read a prepared dataset's manifest.
 
         Raises:
             NotFoundError: there is none.
             InsightEditError: it is not one.
         """
-        path = folder / MANIFEST_NAME
-        if not path.is_file():
-            raise NotFoundError(f"There are no prepared shards in {folder}; run `insightedit data prepare`.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = store.read(MANIFEST_NAME)
+        except NotFoundError:
+            raise NotFoundError(f"There are no prepared shards in {store}; run `insightedit data prepare`.") from None
+        try:
+            content = json.loads(text)
             content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
             return cls(**content)
         except (ValueError, TypeError, KeyError) as error:
-            raise InsightEditError(f"{path} is not a readable manifest ({error}); prepare the dataset again.") from None
+            raise InsightEditError(
+                f"{store}/{MANIFEST_NAME} is not a readable manifest ({error}); prepare the dataset again."
+            ) from None
 
-    def write(self, folder: Path) -> None:
-        """Write `MANIFEST.json`; the last file of a folder."""
-        (folder / MANIFEST_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    def check_files(self, folder: Path) -> None:
+    def check_files(self, store: Store) -> None:
         """Check that every shard is there in its size.
 
         Raises:
             InsightEditError: one is not.
         """
+        sizes = store.sizes()
         for shard in self.shards:
-            path = folder / shard.file
-            if not path.is_file() or path.stat().st_size != shard.size:
-                raise InsightEditError(f"{path} is missing or torn; delete {folder} and prepare the dataset again.")
+            if sizes.get(shard.file) != shard.size:
+                raise InsightEditError(
+                    f"{store}/{shard.file} is missing or torn; delete {store} and prepare the dataset again."
+                )
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
     """A prepared dataset's folder with its manifest."""
 
-    folder: Path
+    store: Store
     manifest: ShardManifest
 
     @classmethod
-    def open(cls, folder: Path) -> PreparedData:
+    def open(cls, place: str | Path | Store) -> PreparedData:
         """Open a prepared dataset.
 
         Raises:
             NotFoundError: there is none.
             InsightEditError: it is damaged.
         """
-        manifest = ShardManifest.read(folder)
-        manifest.check_files(folder)
-        return cls(folder, manifest)
+        store = Store.at(place)
+        manifest = ShardManifest.read(store)
+        manifest.check_files(store)
+        return cls(store, manifest)
 
     @property
     def shard_rows(self) -> list[int]:
@@ -124,15 +129,17 @@ class PreparedData:
     def read(self, shard: int) -> Table:
         """One shard, kept in memory for the next call."""
         entry = self.manifest.shards[shard]
-        return _read_shard(str(self.folder / entry.file), entry.sha256)
+        return _read_shard(self.store, entry.file, entry.sha256)
 
 
 @lru_cache(maxsize=64)
-def _read_shard(path: str, sha256: str) -> Table:
+def _read_shard(store: Store, name: str, sha256: str) -> Table:
     # The sha256 is checked once a process reads the shard, and is part of the key: a shard made anew is read anew.
-    data = Path(path).read_bytes()
+    data = store.read(name)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise InsightEditError(f"{path} differs from its manifest; delete its folder and prepare the dataset again.")
+        raise InsightEditError(
+            f"{store}/{name} differs from its manifest; delete its folder and prepare the dataset again."
+        )
     return pq.read_table(pa.BufferReader(data)).combine_chunks()
 
 
@@ -167,11 +174,13 @@ def features_of(table: Table) -> dict[str, NDArray[Any]]:
     return result
 
 
-def write_shard(table: Table, path: Path) -> Shard:
+def write_shard(table: Table, store: Store, name: str) -> Shard:
     """Write one shard. Features are stored as they are: floating-point noise does not get smaller."""
     features = set(feature_names(table.schema))
-    columns = [name for name in table.column_names if name not in features]
-    compression: Any = {name: "zstd" if name in columns else "none" for name in table.column_names}
-    pq.write_table(table, path, compression=compression, use_dictionary=cast(Any, columns), row_group_size=len(table))
-    data = path.read_bytes()
-    return Shard(path.name, len(table), len(data), hashlib.sha256(data).hexdigest())
+    columns = [column for column in table.column_names if column not in features]
+    compression: Any = {column: "none" if column in features else "zstd" for column in table.column_names}
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression=compression, use_dictionary=cast(Any, columns), row_group_size=len(table))
+    data = sink.getvalue().to_pybytes()
+    store.write(name, data)
+    return Shard(name, len(table), len(data), hashlib.sha256(data).hexdigest())

@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import time
+import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
-from ray.data import DataIterator, Dataset, Datasource
+from ray.data import ActorPoolStrategy, DataIterator, Dataset, Datasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
@@ -27,10 +28,14 @@ from ray.train import DataConfig
 
 from insightedit.platform.mixtures import Mixture, step_positions
 from insightedit.platform.shards import PreparedData, Table
+from insightedit.platform.storage import Store
 
+_POSITION, _SEED = "position", "seed"
 Arrays = dict[str, NDArray[Any]]
 Collate = Callable[[Table], Arrays]
 """Turns rows of records and features into arrays (B, ...), a batch's inputs."""
+Encode = Callable[[Table], Table]
+"""Adds features to rows of records."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +45,14 @@ class StageStream:
     key: str
     """Names the collate function: a process builds it once for each key."""
     make_collate: Callable[[], Collate]
-    datasets: Mapping[str, tuple[float, Path]]
-    """Weight and prepared folder of each dataset."""
+    make_encoder: Callable[[], Encode] | None = None
+    """Where the shards hold no features: what computes them, in a pool of actors of its own."""
+    encoder_workers: int = 1
+    """Actors of that pool, wherever the cluster has room for them."""
+    encoder_gpus: float = 0.0
+    """GPUs of each."""
+    datasets: Mapping[str, tuple[float, Store]]
+    """Weight and prepared shards of each dataset."""
     seed: int
     stage: int
     steps: int
@@ -52,25 +63,40 @@ class StageStream:
     """Data tasks that run at a time."""
     cpus: float
     """CPUs that Ray sets aside for each data task."""
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tells streams apart within a process that outlives one of them."""
 
     def mixture(self) -> tuple[Mixture, list[PreparedData]]:
-        """The order of rows, and where they are."""
-        opened = {name: PreparedData.open(folder) for name, (_, folder) in self.datasets.items()}
-        rows = {name: (self.datasets[name][0], data.shard_rows) for name, data in opened.items()}
-        mixture = Mixture(rows, seed=self.seed, stage=self.stage, window=self.shuffle_shards)
-        return mixture, list(opened.values())
+        """The order of rows, and where they are; kept in this process, as many blocks need it."""
+        if self.token not in _MIXTURES:
+            opened = {name: PreparedData.open(store) for name, (_, store) in self.datasets.items()}
+            rows = {name: (self.datasets[name][0], data.shard_rows) for name, data in opened.items()}
+            mixture = Mixture(rows, seed=self.seed, stage=self.stage, window=self.shuffle_shards)
+            _MIXTURES.clear()
+            _MIXTURES[self.token] = (mixture, list(opened.values()))
+        return _MIXTURES[self.token]
 
-    def block(self, first_step: int, rank: int, world: int) -> Arrays:
-        """The samples of one rank for the steps of one block, collated."""
+    def rows(self, first_step: int, rank: int, world: int) -> Table:
+        """The rows of one rank for the steps of one block, with the position and the seed of each."""
         steps = range(first_step, min(first_step + self.steps_per_block, self.steps))
         shape = {"global_batch": self.global_batch, "world": world, "rank": rank}
         positions = np.concatenate([step_positions(step, **shape) for step in steps])
         mixture, data = self.mixture()
         rows = mixture.rows(positions)
         table = _gathered(data, rows.dataset, rows.shard, rows.row)
-        return {**_collate(self.key, self.make_collate)(table), "seed": rows.seed, "position": positions}
+        return table.append_column(_POSITION, pa.array(positions)).append_column(_SEED, pa.array(rows.seed))
+
+    def collated(self, table: Table) -> Arrays:
+        """The arrays that a worker trains on."""
+        numbers = {name: table.column(name).to_numpy() for name in (_POSITION, _SEED)}
+        return {**_collate(self.key, self.make_collate)(table.drop_columns(list(numbers))), **numbers}
+
+    def block(self, first_step: int, rank: int, world: int) -> Arrays:
+        """The samples of one rank for the steps of one block, where the shards hold the features."""
+        return self.collated(self.rows(first_step, rank, world))
 
 
+_MIXTURES: dict[str, tuple[Mixture, list[PreparedData]]] = {}
 _COLLATES: dict[str, Collate] = {}
 
 
@@ -123,8 +149,24 @@ class _BlockSource(Datasource):
 
 
 def _read_block(stream: StageStream, first_step: int, rank: int, world: int) -> list[Any]:
-    arrays = stream.block(first_step, rank, world)
-    return [BlockAccessor.batch_to_arrow_block(cast(Any, arrays))]
+    if stream.make_encoder is not None:
+        return [stream.rows(first_step, rank, world)]
+    return [_block(stream.block(first_step, rank, world))]
+
+
+def _block(arrays: Arrays) -> Any:
+    return BlockAccessor.batch_to_arrow_block(cast(Any, arrays))
+
+
+class _EncodeAndCollate:
+    """Encodes blocks of rows, in an actor that holds the encoders."""
+
+    def __init__(self, stream: StageStream, make_encoder: Callable[[], Encode]) -> None:
+        self._stream = stream
+        self._encode = make_encoder()
+
+    def __call__(self, table: Table) -> Any:
+        return _block(self._stream.collated(self._encode(table)))
 
 
 class _Unhurried(ExecutionCallback):
@@ -147,6 +189,16 @@ def stream_dataset(stream: StageStream, start_step: int, world: int) -> Dataset:
     dataset = ray.data.read_datasource(
         source, override_num_blocks=len(source.blocks), concurrency=stream.tasks, num_cpus=stream.cpus
     )
+    if stream.make_encoder is not None:
+        dataset = dataset.map_batches(
+            cast(Any, _EncodeAndCollate),
+            fn_constructor_args=(stream, stream.make_encoder),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=stream.encoder_workers),
+            num_cpus=stream.cpus,
+            num_gpus=stream.encoder_gpus,
+        )
     dataset.set_name(f"stage-{stream.stage}")
     # Order makes the split exact. A block must stay whole, whatever its size.
     dataset.context.execution_options.preserve_order = True

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from insightedit.model.stages import Part
-from insightedit.platform.streams import Collate
+from insightedit.platform.streams import Collate, Encode
 
 
 class TrainingTask(Protocol):
@@ -30,6 +30,10 @@ class TrainingTask(Protocol):
 
     def make_collate(self) -> Collate:
         """The function that turns rows of prepared shards into a batch's arrays."""
+        ...
+
+    def make_encoder(self) -> Encode:
+        """The function that adds the frozen encoders' features to rows of shards that were not encoded ahead."""
         ...
 
     def part_of(self, parameter: str) -> Part | None:

@@ -26,7 +26,7 @@ from insightedit.platform.cluster import cause_of
 from insightedit.platform.config import RunConfig
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.manifests import sha256_file
-from insightedit.platform.shards import PreparedData
+from insightedit.platform.storage import Store
 from insightedit.platform.streams import StageStream, StageStreams
 from insightedit.platform.tasks import TrainingTask
 from insightedit.platform.tracking import TrackedRun
@@ -47,8 +47,8 @@ class TrainingPlan:
     config: RunConfig
     task: TrainingTask
     stages: tuple[int, ...]
-    datasets: Mapping[str, Path]
-    """Prepared folder of each dataset."""
+    datasets: Mapping[str, Store]
+    """Prepared shards of each dataset."""
     tracking: TrackedRun | None = None
 
     @property
@@ -72,17 +72,20 @@ class TrainingPlan:
 
     def stream(self, number: int) -> StageStream:
         """A stage's samples."""
-        stage, workers = self.config.stages[number], self.config.workers
+        stage, workers, data = self.config.stages[number], self.config.workers, self.config.data
         return StageStream(
             key=self.task.key,
             make_collate=self.task.make_collate,
+            make_encoder=self.task.make_encoder if data.encode == "while_training" else None,
+            encoder_workers=data.encoder_workers,
+            encoder_gpus=data.encoder_gpus,
             datasets={name: (weight, self.datasets[name]) for name, weight in stage.datasets.items()},
             seed=self.config.seed,
             stage=number,
             steps=stage.steps,
             global_batch=stage.global_batch,
             steps_per_block=workers.steps_per_block,
-            shuffle_shards=self.config.data.shuffle_shards,
+            shuffle_shards=data.shuffle_shards,
             tasks=workers.data_tasks,
             cpus=workers.data_cpus,
         )
@@ -259,16 +262,6 @@ def write_json(path: Path, content: object) -> None:
 def loss_names(number: int) -> tuple[str, ...]:
     """A stage's losses, in its equation's order."""
     return STAGES[number].losses
-
-
-def check_prepared(datasets: Mapping[str, Path]) -> dict[str, str]:
-    """Open every prepared dataset; the fingerprint of each by name.
-
-    Raises:
-        NotFoundError: one is not prepared.
-        InsightEditError: one is damaged.
-    """
-    return {name: PreparedData.open(folder).manifest.fingerprint for name, folder in datasets.items()}
 
 
 @contextmanager

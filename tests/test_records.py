@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from insightedit.platform.datasets import READERS, reader_named
+from insightedit.platform.datasets import READERS, reader_named, records_of
 from insightedit.platform.errors import UsageError
 from insightedit.platform.records import (
     RECORD_SCHEMA,
@@ -22,7 +22,11 @@ from insightedit.platform.records import (
     to_table,
 )
 
-EDITS = {"kind": "edit", "split": "train", "count": 5, "seed": 4}
+EDITS: dict[str, object] = {"kind": "edit", "split": "train", "count": 5, "seed": 4}
+
+
+def shapes(options: dict[str, object]) -> list[Record]:
+    return [row for row in records_of(READERS["shapes"], options) if isinstance(row, Record)]
 
 
 def _picture() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -69,31 +73,31 @@ def test_a_broken_picture_is_one_clear_error(broken: bytes) -> None:
         decode_image(broken)
 
 
-def test_any_range_of_a_reader_gives_the_same_records() -> None:
+def test_any_entry_of_a_reader_gives_its_records_alone() -> None:
     reader = READERS["shapes"]
-    everything = list(reader.records(EDITS))
-    assert len(everything) == reader.count(EDITS) == 10
-    for start, stop in ((0, 10), (3, 8), (9, 99), (4, 4)):
-        assert list(reader.records(EDITS, start, stop)) == everything[start:stop]
+    everything = shapes(EDITS)
+    entries = reader.entries(EDITS)
+    assert len(everything) == sum(entry.rows for entry in entries) == 10
+    assert list(reader.read(EDITS, entries[3])) == everything[6:8]
     assert len({record.key for record in everything}) == 10
 
 
 def test_captions_have_no_target() -> None:
     options = EDITS | {"kind": "caption"}
-    records = list(READERS["shapes"].records(options, 1))
+    records = shapes(options)[1:]
     assert [record.key for record in records] == [f"train-4-{number:06d}-caption" for number in range(1, 5)]
     assert all(record.target is None and record.task == "caption" and record.instruction for record in records)
 
 
 def test_simple_and_advanced_records_share_their_pictures() -> None:
-    simple, advanced = list(READERS["shapes"].records(EDITS))[:2]
+    simple, advanced = shapes(EDITS)[:2]
     assert (simple.source, simple.target) == (advanced.source, advanced.target)
     assert (simple.key, advanced.key) == ("train-4-000000-simple", "train-4-000000-advanced")
     assert simple.instruction != advanced.instruction
     details = [json.loads(record.meta) for record in (simple, advanced)]
     assert [detail.pop("wording") for detail in details] == ["simple", "advanced"]
     assert details[0] == details[1]
-    only = list(READERS["shapes"].records(EDITS | {"wording": "advanced"}))
+    only = shapes(EDITS | {"wording": "advanced"})
     assert only[0] == advanced
     assert len(only) == 5
 
@@ -109,7 +113,7 @@ def test_the_fingerprint_follows_the_options() -> None:
 )
 def test_a_wrong_option_is_named(change: dict[str, object], named: str) -> None:
     with pytest.raises(UsageError, match=f"'{named}'"):
-        READERS["shapes"].count(EDITS | change)
+        READERS["shapes"].entries(EDITS | change)
 
 
 def test_an_unknown_reader_is_named() -> None:

@@ -273,15 +273,22 @@ def _new_meant(text: str, scene: Scene) -> tuple[str | None, str, str]:
 
 _INSTRUCTIONS: dict[str, list[str]] = {
     "remove": ["remove {it}", "take away {it}", "erase {it}", "take {it} away"],
-    "add": ["add {new} at {place}", "draw {new} at {place}", "at {place} add {new}"],
+    "add": ["add {new} at {place}", "draw {new} at {place}", "at {place} draw {new}", "at {place} add {new}"],
     "replace": [
         "replace {it} with {new}",
         "change {it} into {new}",
         "put {new} in place of {it}",
+        "in place of {it} draw {new}",
         "in place of {it} put {new}",
     ],
     "recolour": ["make {it} {colour}", "paint {it} {colour}", "turn {it} {colour}", "change {it} to {colour}"],
-    "move": ["move {it} to {place}", "shift {it} to {place}", "put {it} at {place}", "to {place} move {it}"],
+    "move": [
+        "move {it} to {place}",
+        "shift {it} to {place}",
+        "put {it} at {place}",
+        "to {place} shift {it}",
+        "to {place} move {it}",
+    ],
 }
 
 
@@ -480,7 +487,7 @@ def test_an_advanced_instruction_does_not_name_what_it_reasons_about() -> None:
         if edit.form in shapes_language.SHAPES_FORMS:
             for gone in set(edit.source.shapes) - set(edit.target.shapes):
                 named = shapes_language.name(gone, edit.source)
-                assert not re.search(rf"\bthe {named}\b(?! at)", edit.advanced), edit
+                assert not re.search(rf"\bthe {named}\b(?! at| left| right)", edit.advanced), edit
 
 
 def test_nothing_moves_to_a_place_that_depends_on_itself() -> None:
@@ -546,10 +553,10 @@ def _wording_pattern(wording: str) -> re.Pattern[str]:
 
 HELD_WORDINGS = {
     "remove": r"^take the .* away$|^take (?:what|both) .* away$",
-    "add": r"^at the ",
-    "replace": r"^in place of ",
+    "add": r"^at the .* add ",
+    "replace": r"^in place of .* put ",
     "recolour": rf"^change .* to (?:(?:{'|'.join(COLOURS)})$|the (?:mix|colour|same)|\w+ mixed)",
-    "move": r"^to the ",
+    "move": r"^to the .* move ",
     "relative": r"what is (?:left|right|above|below)",
     "extreme": r"the one that is (?:leftmost|rightmost|highest|lowest)",
     "distance": r"what is (?:nearest|farthest)",

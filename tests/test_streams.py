@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,14 +12,11 @@ import pyarrow as pa
 import pytest
 import toy_training as toy
 
-from insightedit.platform import ingest as ingestion_module
 from insightedit.platform.cluster import connected
-from insightedit.platform.config import DatasetConfig
 from insightedit.platform.errors import InsightEditError, NotFoundError
-from insightedit.platform.ingest import QUARANTINE_NAME, Ingestion, ingest
 from insightedit.platform.mixtures import Mixture, micro_batch_size, step_positions
-from insightedit.platform.records import Record, encode_png
 from insightedit.platform.shards import PreparedData, add_features, features_of, write_shard
+from insightedit.platform.storage import Store
 from insightedit.platform.streams import StageStream, StageStreams, stream_dataset, write_start
 
 SHARDS = {"a": (1.0, (5, 7, 3)), "b": (3.0, (4, 4, 4, 4))}
@@ -59,6 +55,23 @@ def test_mixtures_keep_their_weights_without_running_out() -> None:
     assert {count for place, count in uses.items() if place[0] == 1} == {3000 // 16, 3000 // 16 + 1}
 
 
+def test_any_two_thousand_positions_have_the_weights_shares() -> None:
+    weights = {"a": 0.41, "b": 0.33, "c": 0.15, "d": 0.08, "e": 0.03}
+    mixed = Mixture({name: (weight, (7, 5)) for name, weight in weights.items()}, seed=0, stage=2, window=2)
+    datasets = mixed.rows(np.arange(40_000)).dataset
+    running = np.cumsum(np.eye(len(weights))[datasets], axis=0)
+    shares = (running[2000:] - running[:-2000]) / 2000
+    assert np.abs(shares - list(weights.values())).max() < 0.005
+
+
+def test_an_epoch_ends_when_the_largest_dataset_was_seen_once() -> None:
+    mixed = Mixture({"small": (1.0, (30,)), "large": (3.0, (400, 200))}, seed=0, stage=2, window=2)
+    assert mixed.epoch_length == 800
+    rows = mixed.rows(np.arange(4000))
+    large = [triple[1:] for triple in triples(rows)[:800] if triple[0] == 1]
+    assert sorted(large) == [(shard, row) for shard, count in ((0, 400), (1, 200)) for row in range(count)]
+
+
 def test_small_weights_are_not_forgotten() -> None:
     rows = Mixture({"a": (1e-6, (5,)), "b": (1.0, (5,))}, seed=0, stage=1, window=1).rows(np.arange(1000))
     assert Counter(rows.dataset.tolist()) == {0: 1, 1: 999}
@@ -92,8 +105,7 @@ def test_micro_batches_divide_the_share() -> None:
 def test_features_come_back_as_they_were(tmp_path: Path) -> None:
     arrays = toy.toy_arrays(10, 0)
     table = add_features(pa.table({"key": [str(row) for row in range(10)]}), arrays)
-    shard = write_shard(table, tmp_path / "shard.parquet")
-    toy.ShardManifest("x", "", "", 8, (shard,), 0).write(tmp_path)
+    toy.write_manifest(tmp_path, (write_shard(table, Store.at(tmp_path), "shard.parquet"),))
     read = PreparedData.open(tmp_path).read(0)
     order = pa.array([3, 1, 1, 9])
     for rows, expected in ((read, slice(None)), (read.take(order), [3, 1, 1, 9]), (read.slice(4, 3), slice(4, 7))):
@@ -118,7 +130,7 @@ def test_damaged_shards_are_refused(tmp_path: Path) -> None:
 
 
 def stream(tmp_path: Path, steps: int = 7) -> StageStream:
-    folders = {name: toy.prepare_toy(tmp_path / name) for name in ("a", "bb")}
+    folders = {name: Store.at(toy.prepare_toy(tmp_path / name)) for name in ("a", "bb")}
     return StageStream(
         key=str(tmp_path),
         make_collate=toy.ToyTask().make_collate,
@@ -175,77 +187,3 @@ def test_ray_delivers_each_rank_its_positions_in_order(tmp_path: Path) -> None:
         configured = streams.configure(streams.placeholders(), world_size=2)
         found = consumed([split["stage-1"] for split in configured], 2)
         assert found == [expected_batches(2, rank, 3) for rank in range(2)]
-
-
-def captions(**settings: Any) -> Ingestion:
-    options = {"kind": "caption", "split": "train", "count": 25, "seed": 0}
-    plain: dict[str, Any] = {"quarantine_limit": 0.1, "resolution": 32, "rows_per_shard": 10, "encoder": None}
-    return Ingestion(name="captions", dataset=DatasetConfig(reader="shapes", options=options), **plain | settings)
-
-
-def test_ingesting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    with connected(cpus=4):
-        told: list[int] = []
-        first = ingest(captions(), tmp_path / "first", told.append)
-        second = ingest(captions(), tmp_path / "second")
-        with pytest.raises(InsightEditError, match=r"captions failed: the encoder says what is wrong$"):
-            ingest(captions(encoder=toy.FailingEncoder), tmp_path / "third")
-    assert first == second
-    assert [shard.rows for shard in first.shards] == [10, 10, 5]
-    assert sum(told) == 25
-    keys = [key for shard in range(3) for key in PreparedData.open(tmp_path / "first").read(shard)["key"].to_pylist()]
-    assert keys == [f"train-0-{row:06d}-caption" for row in range(25)]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["first", "second"]
-
-
-class BrokenReader:
-    """Twenty records, of which some are bad."""
-
-    name = "broken"
-    needs = "nothing"
-
-    def __init__(self, bad: int) -> None:
-        self.bad = bad
-
-    def count(self, options: Any) -> int:
-        return 20
-
-    def fingerprint(self, options: Any) -> str:
-        return "x"
-
-    def records(self, options: Any, start: int = 0, stop: int | None = None) -> Any:
-        picture = encode_png(np.zeros((4, 4, 3), np.uint8))
-        wrong: list[dict[str, Any]] = [
-            {"source": picture[:20]},
-            {"source": None},
-            {"target": None},
-            {"instruction": " "},
-        ]
-        for number in range(start, min(stop or 20, 20)):
-            fields: dict[str, Any] = {"source": picture, "target": picture, "instruction": "add"}
-            fields |= wrong[number % len(wrong)] if number < self.bad else {}
-            yield Record(key=str(number), dataset="broken", task="edit", **fields)
-
-
-@pytest.mark.parametrize(("bad", "limit"), [(4, 0.2), (4, 0.1), (20, 1.0)])
-def test_bad_rows_are_set_aside_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int, limit: float
-) -> None:
-    monkeypatch.setattr(ingestion_module, "reader_named", lambda _: BrokenReader(bad))
-    ingestion = captions(quarantine_limit=limit)
-    summaries: list[dict[str, Any]] = []
-    for shard in range(2):
-        table = ingestion_module._read({"id": np.array([shard])}, ingestion)  # pyright: ignore[reportPrivateUsage]
-        summaries += ingestion_module._write(table, tmp_path).to_pylist()  # pyright: ignore[reportPrivateUsage]
-
-    def manifest() -> Any:
-        return ingestion_module._manifest(ingestion, summaries, tmp_path)  # pyright: ignore[reportPrivateUsage]
-
-    if limit == 0.2:
-        assert (manifest().rows, manifest().quarantined) == (16, 4)
-    else:
-        with pytest.raises(InsightEditError, match=rf"{bad} of 20 rows .*quarantine_limit.*the first is 0"):
-            manifest()
-    listed = [json.loads(line) for line in (tmp_path / QUARANTINE_NAME).read_text().splitlines()]
-    assert [row["key"] for row in listed] == [str(number) for number in range(bad)]
-    assert len({row["reason"].split(":")[0] for row in listed}) == 4

@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 import toy_training as toy
+from PIL import Image
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,13 +25,14 @@ from insightedit.model.pipeline import load_pipeline
 from insightedit.model.stages import STAGES
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import RunConfig, StageConfig, load_preset
-from insightedit.platform.datasets import reader_named
+from insightedit.platform.datasets import reader_named, records_of
 from insightedit.platform.editing import EditingTask
-from insightedit.platform.encoding import RecordEncoder, load_encoders, pictures_of
+from insightedit.platform.encoding import RecordEncoder, load_encoders
 from insightedit.platform.engine import learning_rate
 from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.loop import Layout, StageLoop
-from insightedit.platform.records import to_table
+from insightedit.platform.records import Record, decode_image, to_table
+from insightedit.platform.storage import Store
 from insightedit.platform.streams import StageStream
 from insightedit.platform.trainer import Progress, TrainingPlan, stage_weights, train_stages
 from insightedit.platform.workdir import Workdir
@@ -47,15 +49,15 @@ def ray_cluster() -> Iterator[None]:
 
 def plan(tmp_path: Path, config: RunConfig, name: str = "run", **settings: Any) -> TrainingPlan:
     workdir = Workdir.open(tmp_path)
-    folders: dict[str, Path] = {}
+    stores: dict[str, Store] = {}
     for dataset in config.data.datasets:
         folder = workdir.data / dataset
-        folders[dataset] = (
-            folder if folder.exists() else toy.prepare_toy(folder, weight=0.0 if dataset == "bb" else None)
-        )
+        if not folder.exists():
+            toy.prepare_toy(folder, weight=0.0 if dataset == "bb" else None)
+        stores[dataset] = Store.at(folder)
     stages = tuple(settings.pop("stages", config.stages))
     task = toy.ToyTask(**settings)
-    return TrainingPlan(name=name, workdir=workdir, config=config, task=task, stages=stages, datasets=folders)
+    return TrainingPlan(name=name, workdir=workdir, config=config, task=task, stages=stages, datasets=stores)
 
 
 def reference(training: TrainingPlan) -> dict[int, dict[str, Tensor]]:
@@ -331,8 +333,9 @@ def test_unknown_stages_are_named(tmp_path: Path, tiny_run: RunConfig) -> None:
 def test_batches_and_weights_are_what_the_model_takes(tiny_run: RunConfig) -> None:
     encoder = RecordEncoder(tiny_run.model.sources, tiny_run.model.resolution)
     options = {"split": "train", "count": 2, "seed": 0}
-    readings = [reader_named("shapes").records({**options, "kind": kind}) for kind in ("edit", "caption", "question")]
-    table = encoder(to_table([record for reading in readings for record in reading]))
+    kinds = ("edit", "caption", "question")
+    rows = [row for kind in kinds for row in records_of(reader_named("shapes"), {**options, "kind": kind})]
+    table = encoder(to_table([row for row in rows if isinstance(row, Record)]))
     task = EditingTask(key="", model=tiny_run.model, encoders=encoder.fingerprint, validation=None)
     arrays = task.make_collate()(table)
     batch = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
@@ -354,9 +357,8 @@ def test_batches_and_weights_are_what_the_model_takes(tiny_run: RunConfig) -> No
     states = load_encoders(tiny_run.model.sources).encode_text(spoken)
     assert torch.allclose(batch["text_states"], states, atol=2e-3, rtol=2e-3)
     # The same features as at once, at the precision that they are kept in.
-    patches = (
-        load_encoders(tiny_run.model.sources).encode_images(to_pixels(pictures_of(table.column("source")))).patches
-    )
+    pixels = to_pixels([Image.fromarray(decode_image(data)) for data in table.column("source").to_pylist()])
+    patches = load_encoders(tiny_run.model.sources).encode_images(pixels).patches
     assert torch.allclose(batch["clip_patches"], patches, atol=2e-3, rtol=2e-3)
     stale = dataclasses.replace(task, encoders="others")
     with pytest.raises(InsightEditError, match="other encoders"):

@@ -24,8 +24,17 @@ from insightedit.model.losses import LossTerm, squared_error
 from insightedit.model.stages import STAGES, Part
 from insightedit.platform.config import DataConfig, DatasetConfig, RunConfig, StageConfig, WorkersConfig
 from insightedit.platform.errors import InsightEditError
-from insightedit.platform.shards import ShardManifest, Table, add_features, features_of, write_shard
-from insightedit.platform.streams import Arrays, Collate
+from insightedit.platform.shards import (
+    MANIFEST_NAME,
+    Shard,
+    ShardManifest,
+    Table,
+    add_features,
+    features_of,
+    write_shard,
+)
+from insightedit.platform.storage import Store
+from insightedit.platform.streams import Arrays, Collate, Encode
 
 # Workers do not know the tests' folder.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -91,6 +100,9 @@ class ToyTask:
 
         return collate
 
+    def make_encoder(self) -> Encode:
+        return ToyEncoder()
+
     def part_of(self, parameter: str) -> Part | None:
         return "bim" if parameter.startswith("head.") else "unet"
 
@@ -123,6 +135,13 @@ def toy_arrays(rows: int, seed: int, weight: float | None = None) -> dict[str, n
     }
 
 
+def write_manifest(folder: Path, shards: tuple[Shard, ...]) -> None:
+    """The last file of a prepared dataset."""
+    plan = {"source": hashlib.sha256(str(shards).encode()).hexdigest()}
+    manifest = ShardManifest(dataset=folder.name, plan=plan, encoders="", shards=shards, quarantined=0)
+    Store.at(folder).write(MANIFEST_NAME, manifest.to_json().encode())
+
+
 def prepare_toy(folder: Path, shards: tuple[int, ...] = (24, 24, 16), weight: float | None = None) -> Path:
     """A prepared dataset of toy rows."""
     folder.mkdir(parents=True)
@@ -130,9 +149,8 @@ def prepare_toy(folder: Path, shards: tuple[int, ...] = (24, 24, 16), weight: fl
     for number, rows in enumerate(shards):
         table = pa.table({"key": [f"{folder.name}-{number}-{row}" for row in range(rows)]})
         table = add_features(table, toy_arrays(rows, number + 100 * len(folder.name), weight))
-        written.append(write_shard(table, folder / f"shard-{number:05d}.parquet"))
-    source = hashlib.sha256(str(shards).encode()).hexdigest()
-    ShardManifest(folder.name, source, "", 8, tuple(written), 0).write(folder)
+        written.append(write_shard(table, Store.at(folder), f"shard-{number:05d}.parquet"))
+    write_manifest(folder, tuple(written))
     return folder
 
 
@@ -166,3 +184,13 @@ def toy_config(stages: dict[int, dict[str, Any]], datasets: tuple[str, ...] = ("
         },
         workers=WorkersConfig(steps_per_block=2, **workers),
     )
+
+
+class ToyEncoder:
+    """An encoder that computes a feature from each row's key."""
+
+    fingerprint = "toy"
+
+    def __call__(self, table: Table) -> Table:
+        lengths = [float(sum(key.encode())) for key in table.column("key").to_pylist()]
+        return add_features(table, {"key_sum": np.array(lengths, np.float32)})

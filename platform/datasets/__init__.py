@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar, Final, Protocol
+from typing import Final
 
+from insightedit.platform.datasets.advancededit import AdvancedEditReader
+from insightedit.platform.datasets.cc12m import CC12MReader
+from insightedit.platform.datasets.coco import CocoReader
+from insightedit.platform.datasets.cocostuff import CocoStuffReader
+from insightedit.platform.datasets.instructpix2pix import InstructPix2PixReader
+from insightedit.platform.datasets.magicbrush import MagicBrushReader
+from insightedit.platform.datasets.pairs import PairsReader
+from insightedit.platform.datasets.reading import Entry, Reader, records_of
+from insightedit.platform.datasets.reasonseg import ReasonSegReader
+from insightedit.platform.datasets.refcoco import GrefcocoReader, RefcocogReader, RefcocoPlusReader, RefcocoReader
 from insightedit.platform.datasets.shapes import ShapesReader
 from insightedit.platform.errors import UsageError
-from insightedit.platform.records import Record
 
-__all__ = ["READERS", "Reader", "reader_named"]
+__all__ = ["READERS", "Entry", "Reader", "reader_named", "records_of"]
 
-
-class Reader(Protocol):
-    """Turns one dataset into records. Options come from a config; wrong ones raise `UsageError`."""
-
-    name: ClassVar[str]
-    """What configs call it."""
-    needs: ClassVar[str]
-    """What must be there before it can read, for people."""
-
-    def count(self, options: Mapping[str, object]) -> int:
-        """Return the number of records."""
-        ...
-
-    def records(self, options: Mapping[str, object], start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """Read records number `start` up to `stop` (the end), in an order that never changes."""
-        ...
-
-    def fingerprint(self, options: Mapping[str, object]) -> str:
-        """Return a sha256 that changes when the records do."""
-        ...
-
-
-READERS: Final[dict[str, Reader]] = {ShapesReader.name: ShapesReader()}
+_READERS: Final[tuple[Reader, ...]] = (
+    ShapesReader(),
+    PairsReader(),
+    CC12MReader(),
+    InstructPix2PixReader(),
+    MagicBrushReader(),
+    AdvancedEditReader(),
+    CocoReader(),
+    RefcocoReader(),
+    RefcocoPlusReader(),
+    RefcocogReader(),
+    GrefcocoReader(),
+    CocoStuffReader(),
+    ReasonSegReader(),
+)
+READERS: Final[dict[str, Reader]] = {reader.name: reader for reader in _READERS}
 """Every reader by its name."""
 
 

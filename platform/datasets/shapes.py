@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from insightedit.platform.datasets.reading import Entry, Options, fingerprint_of, parse_options
 from insightedit.platform.datasets.shapes_edits import Edit, outcome, sample_edit, vocabulary_corpus
 from insightedit.platform.datasets.shapes_language import (
     description,
@@ -33,8 +33,7 @@ from insightedit.platform.datasets.shapes_world import (
     shape_masks,
     split_of,
 )
-from insightedit.platform.errors import UsageError
-from insightedit.platform.records import Record, encode_png
+from insightedit.platform.records import Record, RecordTask, encode_png
 
 __all__ = [
     "SPLITS",
@@ -69,7 +68,7 @@ Wording = Literal["both", "simple", "advanced"]
 DATASET: Final = "shapes"
 QUESTIONS_EACH: Final = 4
 """Questions about one scene."""
-WORLD_VERSION: Final = 3
+WORLD_VERSION: Final = 4
 """Raised whenever the same seed gives other records, so that shards prepared before are seen to be stale."""
 
 
@@ -145,10 +144,8 @@ def question_records(split: Split, count: int, seed: int, *, start: int = 0) -> 
             )
 
 
-class ShapesOptions(BaseModel):
+class ShapesOptions(Options):
     """What to draw. `count` is the number of edits, of captioned scenes or of scenes with questions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["edit", "caption", "question"]
     split: Split
@@ -163,51 +160,28 @@ class ShapesOptions(BaseModel):
             return QUESTIONS_EACH
         return 2 if self.kind == "edit" and self.wording == "both" else 1
 
-    @classmethod
-    def parse(cls, options: Mapping[str, object]) -> ShapesOptions:
-        """Check options from a config.
-
-        Raises:
-            UsageError: An option is unknown, missing or wrong.
-        """
-        try:
-            return cls.model_validate(dict(options))
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            known = ", ".join(cls.model_fields)
-            raise UsageError(f"Option {field!r} of a shapes dataset: {first['msg']}; options are {known}.") from error
-
 
 class ShapesReader:
-    """Reader of the shapes world; see `insightedit.platform.datasets.Reader`."""
+    """Reader of the shapes world; see `insightedit.platform.datasets.Reader`. An entry is an edit or a scene."""
 
     name: ClassVar[str] = DATASET
+    tasks: ClassVar[tuple[RecordTask, ...]] = ("caption", "edit", "chat")
     needs: ClassVar[str] = "nothing: drawn from a seed"
 
-    def count(self, options: Mapping[str, object]) -> int:
-        """Return the number of records."""
-        parsed = ShapesOptions.parse(options)
-        return parsed.count * parsed.records_each
+    def entries(self, options: Mapping[str, object]) -> Sequence[Entry]:
+        """The numbers of all edits or scenes."""
+        parsed = parse_options(ShapesOptions, self.name, options)
+        return [Entry(number, parsed.records_each) for number in range(parsed.count)]
 
-    def records(self, options: Mapping[str, object], start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """Draw records number `start` up to `stop`, each the same whatever the range."""
-        parsed = ShapesOptions.parse(options)
-        each, total = parsed.records_each, self.count(options)
-        stop = total if stop is None else min(stop, total)
-        first, last = start // each, -(-stop // each)
-        if first >= last:
-            return
+    def read(self, options: Mapping[str, object], entry: Entry) -> Iterator[Record]:
+        """Draw one edit or scene."""
+        parsed = parse_options(ShapesOptions, self.name, options)
         if parsed.kind == "edit":
-            drawn = edit_records(parsed.split, last - first, parsed.seed, parsed.wording, start=first)
+            yield from edit_records(parsed.split, 1, parsed.seed, parsed.wording, start=entry.place)
         else:
             draw = caption_records if parsed.kind == "caption" else question_records
-            drawn = draw(parsed.split, last - first, parsed.seed, start=first)
-        for number, record in enumerate(drawn, first * each):
-            if start <= number < stop:
-                yield record
+            yield from draw(parsed.split, 1, parsed.seed, start=entry.place)
 
     def fingerprint(self, options: Mapping[str, object]) -> str:
         """Return a sha256 that changes when the records do."""
-        text = json.dumps([DATASET, WORLD_VERSION, ShapesOptions.parse(options).model_dump()], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return fingerprint_of(self.name, WORLD_VERSION, parse_options(ShapesOptions, self.name, options), ())

@@ -54,6 +54,13 @@ TEMPLATES: Final[dict[Task, tuple[str, ...]]] = {
     "move": ("move {it} to {place}", "shift {it} to {place}", "put {it} at {place}", "to {place} move {it}"),
 }
 """Wordings of each task; the last one is held out, like the last of each form of reasoning."""
+FRONTED: Final[dict[Task, tuple[str, ...]]] = {
+    "add": ("at {place} draw {new}",),
+    "replace": ("in place of {it} draw {new}",),
+    "move": ("to {place} shift {it}",),
+}
+"""Further wordings for training: without one that begins with the place, none that is held out and does so could be
+understood. The foundation's vocabulary is drawn without them."""
 
 _ROWS: Final = ("top", "middle", "bottom")
 _COLUMNS: Final = ("left", "middle", "right")
@@ -95,19 +102,28 @@ class Edit:
     held_out: tuple[Literal["combination", "wording"], ...] = ()
 
 
-def sample_edit(seed: int, split: Split) -> Edit:
-    """Draw the edit that belongs to a seed and a split: tasks are equally likely, and so are a task's forms."""
+def sample_edit(seed: int, split: Split, *, fronted: bool = True) -> Edit:
+    """Draw the edit that belongs to a seed and a split: tasks are equally likely, and so are a task's forms.
+
+    Args:
+        seed: which edit.
+        split: of the scenes.
+        fronted: whether the wordings of train and validation have `FRONTED` among them.
+    """
     rng = random.Random(f"{split}:{seed}")
     test = split == "test"
     task = rng.choice(TASKS)
     first, second = FORMS[task]
     form = rng.choice(second if second and rng.random() < 1 / 3 else first)
     combination, wording = test and rng.random() < HELD_OUT_SHARE, test and rng.random() < HELD_OUT_SHARE
+    templates = TEMPLATES[task][-1:] if wording else TEMPLATES[task][:-1]
+    if fronted and not test:
+        templates += FRONTED.get(task, ())
     while True:
         source = draw_scene(rng, held_out=combination)
         if split_of(source) != split:
             continue
-        edit = _draw_edit(task, form, source, rng, held_out=wording)
+        edit = _draw_edit(task, form, source, templates, rng, held_out=wording)
         if edit is None or not is_regular(edit.target) or split_of(edit.target) != split:
             continue
         if combination or not has_held_out_combination(edit.target):
@@ -132,7 +148,9 @@ def _lies(shape: Shape | None, cell: int) -> str:
     return f"{_ROWS[cell // 3]} {_COLUMNS[cell % 3]} {content}"
 
 
-def _draw_edit(task: Task, form: str, scene: Scene, rng: random.Random, *, held_out: bool) -> Edit | None:
+def _draw_edit(
+    task: Task, form: str, scene: Scene, templates: tuple[str, ...], rng: random.Random, *, held_out: bool
+) -> Edit | None:
     """Draw an edit of a scene whose advanced instruction has the form; None where the scene offers none."""
     phrases = list(_FIND[form](scene))
     if not phrases:
@@ -144,8 +162,8 @@ def _draw_edit(task: Task, form: str, scene: Scene, rng: random.Random, *, held_
         return None
     plain = _plain_slots(task, its, new, scene)
     advanced = plain | _advanced_slot(task, phrase, new, rng, held_out=held_out)
-    template = TEMPLATES[task][-1] if held_out else rng.choice(TEMPLATES[task][:-1])
-    other_template = TEMPLATES[task][-1] if held_out else rng.choice(TEMPLATES[task][:-1])
+    # The only wording there is needs no draw, so that what training knows besides changes no edit of the test.
+    template, other_template = (templates[0] if held_out else rng.choice(templates) for _ in range(2))
     target = _apply(task, scene, its, new)
     return Edit(task, form, scene, target, template.format(**plain), other_template.format(**advanced))
 
@@ -227,7 +245,7 @@ def _advanced_slot(
 def vocabulary_corpus() -> list[str]:
     """Return texts that hold every word of the world's language, to train a tokenizer on."""
     rng = random.Random("vocabulary")
-    edits = [sample_edit(seed, "train") for seed in range(1500)]
+    edits = [sample_edit(seed, "train", fronted=False) for seed in range(1500)]
     scenes = [sample_scene(rng, "train") for _ in range(1500)]
     texts = [text for edit in edits for text in (edit.simple, edit.advanced)]
     texts += [text for scene in scenes for text in (short_caption(scene, rng), *statements(scene, rng, 3))]

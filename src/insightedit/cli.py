@@ -218,12 +218,55 @@ def data() -> None:
 @data.command("list")
 @json_option
 def data_list(as_json: bool) -> None:
-    """Show the readers of datasets and what each needs."""
+    """Show the datasets that can be read, and what each needs."""
     from insightedit.platform.datasets import READERS
 
-    found = [{"name": reader.name, "needs": reader.needs} for reader in READERS.values()]
-    rows = [("READER", "NEEDS"), *((row["name"], row["needs"]) for row in found)]
+    found = [{"name": reader.name, "tasks": reader.tasks, "needs": reader.needs} for reader in READERS.values()]
+    rows = [("DATASET", "TASKS", "NEEDS"), *((one.name, ", ".join(one.tasks), one.needs) for one in READERS.values())]
     _emit(found, as_json, lambda: _columns(rows))
+
+
+@data.command("check")
+@click.argument("name")
+@click.argument("root", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--set", "settings", multiple=True, metavar="OPTION=VALUE", help="Give the dataset's reader an option; repeatable."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for the contact sheet and the list of bad rows.  [default: checks/NAME in the work folder]",
+)
+@click.option("--tasks", type=click.IntRange(min=1), default=2, show_default=True, help="Tasks that read at a time.")
+@json_option
+def data_check(
+    name: str, root: Path | None, settings: tuple[str, ...], out: Path | None, tasks: int, as_json: bool
+) -> None:
+    """Read the dataset NAME in the folder ROOT, and say what is in it and what cannot be used."""
+    from insightedit.display import Display
+    from insightedit.jobs.check import check
+    from insightedit.platform.config import DatasetConfig, parse_setting
+
+    options = dict(parse_setting(setting) for setting in settings)
+    if root is not None:
+        options["root"] = str(root.expanduser().absolute())
+    folder = out or _workdir().root / "checks" / name
+    with Display() as display:
+        found = check(
+            DatasetConfig(reader=name, options=options),
+            folder,
+            tasks=tasks,
+            progress=lambda rows, total: display.at(f"Check {name}", min(rows, total), total),
+        )
+
+    def show() -> Iterable[str]:
+        by_task = ", ".join(f"{count} {task}" for task, count in found.tasks.items())
+        yield f"{found.records} records" + (f": {by_task}" if by_task else "")
+        yield f"{found.quarantined} quarantined"
+        yield from (f"  {count} {reason}" for reason, count in found.reasons.items())
+        yield from (f"{what}: {path}" for what, path in (("list", found.quarantine), ("sheet", found.sheet)) if path)
+
+    _emit(found, as_json, show)
 
 
 @data.command("prepare")

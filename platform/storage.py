@@ -1,0 +1,143 @@
+"""Folders on a disk or in an object store, through one small interface.
+
+A file appears whole or not at all, in both: on a disk it is written under a temporary name and renamed, and an object
+store puts objects whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
+
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A folder, as a path or as a URI such as `s3://bucket/folder`.
+
+    Credentials, region and endpoint of S3 come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_REGION`,
+    `AWS_ENDPOINT_URL`, ...) or from the URI's query, as in `s3://bucket/folder?endpoint_override=host:9000&scheme=http`.
+    """
+
+    uri: str
+
+    @classmethod
+    def at(cls, place: str | Path | Store) -> Store:
+        """The store at a place; a path is made absolute.
+
+        Raises:
+            UsageError: the URI is of no known kind.
+        """
+        if isinstance(place, Store):
+            return place
+        if "://" in str(place):
+            store = cls(str(place))
+            _opened(store.uri)
+            return store
+        return cls(str(Path(place).expanduser().absolute()))
+
+    def __str__(self) -> str:
+        """The folder, without what may hold a secret: credentials and settings of its URI."""
+        return re.sub(r"://[^/?]*@", "://", self.uri.partition("?")[0])
+
+    @property
+    def path(self) -> Path | None:
+        """The folder on this machine's disks; None in an object store."""
+        return None if "://" in self.uri else Path(self.uri)
+
+    def child(self, name: str) -> Store:
+        """A folder in this one."""
+        place, question, query = self.uri.partition("?")
+        return Store(f"{place.rstrip('/')}/{name}{question}{query}")
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            NotFoundError: there is none.
+            InsightEditError: the storage failed.
+        """
+        system, root = _opened(self.uri)
+        with self._failing(name), system.open_input_file(f"{root}/{name}") as file:
+            return bytes(file.read())
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Write a file, whole or not at all, over what was there.
+
+        Raises:
+            InsightEditError: the storage failed.
+        """
+        system, root = _opened(self.uri)
+        with self._failing(name):
+            if self.path is not None:
+                _write_file(self.path / name, data)
+                return
+            with system.open_output_stream(f"{root}/{name}") as file:
+                file.write(data)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below the folder, by its name from there; empty where there is no folder."""
+        system, root = _opened(self.uri)
+        selector = fs.FileSelector(root, allow_not_found=True, recursive=True)
+        with self._failing(""):
+            files = [info for info in system.get_file_info(selector) if info.type == fs.FileType.File]
+        names = {info.path.removeprefix(f"{root}/"): int(info.size) for info in files}
+        return {name: size for name, size in sorted(names.items()) if _TEMPORARY not in name}
+
+    def delete(self) -> None:
+        """Delete the folder and all in it; nothing happens where there is none."""
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        system, root = _opened(self.uri)
+        with self._failing(""):
+            system.delete_dir_contents(root, missing_dir_ok=True)
+
+    @contextmanager
+    def _failing(self, name: str) -> Generator[None]:
+        """Say in our words what failed."""
+        where = f"{self}/{name}".rstrip("/")
+        try:
+            yield
+        except FileNotFoundError:
+            raise NotFoundError(f"There is no {where}.") from None
+        except OSError as error:
+            raise InsightEditError(f"{where} cannot be reached: {error}; check the storage and its access.") from error
+
+
+def _write_file(path: Path, data: bytes | memoryview) -> None:
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=64)
+def _opened(uri: str) -> tuple[Any, str]:
+    """The file system of a URI and the path in it; kept, as making an S3 client takes time."""
+    if "://" not in uri:
+        return fs.LocalFileSystem(), uri
+    try:
+        system, path = fs.FileSystem.from_uri(uri)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{Store(uri)} is no storage that is known: {error}.") from None
+    return system, path.rstrip("/")
