@@ -62,7 +62,7 @@ def rate(batches: DataLoader) -> float:
 
 
 def hf_dataset(folder: Path) -> Dataset:
-    import datasets
+    import datasets  # noqa: PLC0415 - the others do without
 
     datasets.disable_progress_bars()
     loaded = datasets.load_dataset(
@@ -77,13 +77,13 @@ def collate_column(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
 
 
 def import_streaming() -> types.ModuleType:
-    """MosaicML streaming without torchvision, which its own vision datasets alone use, and of which no CPU build fits."""
+    """MosaicML streaming without torchvision, which only its own vision datasets use and of which no CPU build fits."""
     for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.datasets"):
         sys.modules[name] = types.ModuleType(name)
     sys.modules["torchvision.transforms.functional"].to_tensor = None
     sys.modules["torchvision.datasets"].VisionDataset = object
     sys.modules["torchvision.datasets.folder"] = types.ModuleType("torchvision.datasets.folder")
-    import streaming
+    import streaming  # noqa: PLC0415 - only after the modules above
 
     return streaming
 

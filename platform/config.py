@@ -1,7 +1,8 @@
 """Presets: every choice of a model and its training, as one validated, frozen object.
 
-A preset is a YAML file. It may extend another one and gives only what differs; `--set section.key=value` changes single
-values. Unknown fields are refused, so that a misspelt one is never silently without effect.
+A preset is a YAML file. It may extend another one and gives only what differs (null takes a value away); `--set
+section.key=value` changes single values. Unknown fields are refused, so that a misspelt one is never silently without
+effect.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class PictureConfig(_Settings):
 class DataConfig(_Settings):
     """What is prepared before training."""
 
-    datasets: dict[str, DatasetConfig]
+    datasets: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], DatasetConfig]
+    """By name: letters, digits, `_`, `-` and `.`, as it is the name of a folder and of tracked parameters."""
     validation: DatasetConfig | None = None
     """Edits whose pictures are tracked while training."""
     store: str | None = None
@@ -287,6 +289,10 @@ def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 def _overlaid(base: dict[Any, Any], top: dict[Any, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in top.items():
+        if value is None:
+            # Takes away what is extended, such as a dataset of it.
+            result.pop(key, None)
+            continue
         old = result.get(key)
         both = isinstance(old, dict) and isinstance(value, dict)
         result[key] = _overlaid(cast(Any, old), cast(Any, value)) if both else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -46,8 +47,8 @@ def to_tensor(squares: NDArray[np.uint8]) -> Tensor:
 def _decode_jpeg(data: bytes, side: int) -> NDArray[np.uint8] | None:
     """A JPEG in ordinary colours, whole and not too large; anything else is left to Pillow."""
     try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width > MAX_PIXELS:
+        header: Any = simplejpeg.decode_jpeg_header(data)
+        if header[0] * header[1] > MAX_PIXELS:
             return None
         return simplejpeg.decode_jpeg(data, "RGB", min_height=side, min_width=side)
     except ValueError:

@@ -7,7 +7,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Final, Literal, cast, get_args
 
@@ -190,7 +190,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def _opened(data: bytes) -> Generator[Image.Image]:
     """A picture whose pixels are not decoded yet; what is wrong with it is said in our words.
 
     Pillow warns of large pictures and refuses larger ones; the limit here is our own.

@@ -218,8 +218,9 @@ def _from_row(row: Mapping[str, Any]) -> _Written:
 
 
 def _parse_span(text: str | bytes) -> _Span:
-    fields = json.loads(text)
-    return _Span(**{**fields, "first": tuple(fields["first"]), "last": tuple(fields["last"])})
+    fields: dict[str, Any] = json.loads(text)
+    first, last = (cast(tuple[int, int], tuple(fields[end])) for end in ("first", "last"))
+    return _Span(first, last, fields["ends_chunk"], fields["bad"], fields["encoders"])
 
 
 def _written_before(store: Store) -> list[_Written]:

@@ -8,7 +8,10 @@ import pytest
 
 from insightedit.model.stages import STAGES
 from insightedit.platform.config import flattened, load_preset, preset_names
+from insightedit.platform.datasets import READERS
 from insightedit.platform.errors import NotFoundError, UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -30,6 +33,23 @@ def test_a_file_extends_a_preset_and_says_only_what_differs(tmp_path: Path) -> N
     assert mine.stages[2].model_copy(update={"steps": nano.stages[2].steps}) == nano.stages[2]
     assert mine.data.datasets["edits"].options == nano.data.datasets["edits"].options | {"count": 5}
     assert mine.stages[1] == nano.stages[1]
+
+
+def test_null_takes_away_what_is_extended(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: nano\nname: mine\nstages: {1: {datasets: {captions: null}}}\n")
+    assert load_preset(path).stages[1].datasets == {"questions": 3, "edits": 16}
+
+
+def test_the_config_of_the_data_page_is_one(tmp_path: Path) -> None:
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    config = load_preset(path)
+    assert set(config.stages[1].datasets) == {"cc12m"}
+    assert len(config.stages[2].datasets) == 8
+    assert config.stages[2].datasets == config.stages[3].datasets
+    assert all(dataset.reader in READERS for dataset in config.data.datasets.values())
 
 
 def test_files_extend_files_beside_them(tmp_path: Path) -> None:

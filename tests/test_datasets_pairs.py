@@ -97,7 +97,7 @@ def test_csv_is_read_with_texts_over_several_lines(root: Path) -> None:
         "\ufeffid,source,target,instruction,reply\r\n"
         '1,before/0.png,after/0.png,"make it ""red"",\r\nthen blue",\r\n'
         "\r\n"
-        '2,before/1.png,after/1.png,edit number 1,"Done, ünder a line\u2028separator"\r\n'
+        '2,before/1.png,after/1.png,edit number 1,"Done, \u00fcnder a line\u2028separator"\r\n'
         "3,before/2.png,after/2.png,edit number 2"
     )
     (root / "mine.csv").write_bytes(text.encode())
@@ -105,14 +105,14 @@ def test_csv_is_read_with_texts_over_several_lines(root: Path) -> None:
     assert (first.key, first.instruction) == ("mine.csv:1", 'make it "red",\r\nthen blue')
     assert (first.source, first.target, first.details()) == (_picture(0), _picture(10), {"id": "1"})
     assert others == [
-        _expected(1, "mine.csv:3", reply="Done, ünder a line\u2028separator", meta='{"id": "2"}'),
+        _expected(1, "mine.csv:3", reply="Done, \u00fcnder a line\u2028separator", meta='{"id": "2"}'),
         _expected(2, "mine.csv:4", meta='{"id": "3"}'),
     ]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_files_are_cut_into_entries_of_whole_rows(root: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [_rows()[number % 3] | {"instruction": f"edit,\nnumber {number} ☂"} for number in range(1203)]
+    rows = [_rows()[number % 3] | {"instruction": f"edit,\nnumber {number} \u2602"} for number in range(1203)]
     if suffix == "jsonl":
         (root / "mine.jsonl").write_text(_json_lines(rows), encoding="utf-8")
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_training as toy
+from PIL import Image
 
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import DatasetConfig, PictureConfig
 from insightedit.platform.errors import InsightEditError, UsageError
-from insightedit.platform.sharding import Sharding, prepared_manifest, write_shards
+from insightedit.platform.records import encode_png
+from insightedit.platform.sharding import QUARANTINE_NAME, Sharding, prepared_manifest, write_shards
 from insightedit.platform.shards import MANIFEST_NAME, PreparedData, features_of
 from insightedit.platform.storage import Store
 from insightedit.platform.streams import StageStream, stream_dataset
@@ -127,7 +131,7 @@ def test_encoding_while_training_gives_what_encoding_ahead_does(tmp_path: Path) 
         key="online", datasets={"captions": (1.0, plain)}, make_encoder=toy.ToyTask().make_encoder, **settings
     )
     batches = [
-        [batch for batch in stream_dataset(stream, 1, 2).iter_batches(batch_size=None, batch_format="numpy")]
+        list(stream_dataset(stream, 1, 2).iter_batches(batch_size=None, batch_format="numpy"))
         for stream in (ahead, online)
     ]
     assert [batch["position"].tolist() for batch in batches[0]] == [batch["position"].tolist() for batch in batches[1]]
@@ -135,3 +139,66 @@ def test_encoding_while_training_gives_what_encoding_ahead_does(tmp_path: Path) 
     for one, other in zip(*batches, strict=True):
         assert one.keys() == other.keys()
         assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+BAD_KINDS = (
+    "truncated_image",
+    "not_an_image",
+    "wrong_size",
+    "decompression_bomb",
+    "missing_file",
+    "empty_instruction",
+    "mask_size",
+    "invalid_json",
+)
+
+
+def write_ten_thousand(root: Path) -> dict[str, int]:
+    """10,000 pairs in JSON Lines, of which 500 are bad in eight ways; how many of each."""
+    whole, other = (encode_png(np.full((8, side, 3), side, np.uint8)) for side in (8, 9))
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    files = {"whole": whole, "other": other, "torn": whole[:50], "text": b"hello", "bomb": bomb.getvalue()}
+    (root / "pictures").mkdir(parents=True)
+    for name, content in files.items():
+        (root / f"pictures/{name}.png").write_bytes(content)
+    changes = {
+        "truncated_image": {"source": "pictures/torn.png"},
+        "not_an_image": {"target": "pictures/text.png"},
+        "wrong_size": {"target": "pictures/other.png"},
+        "decompression_bomb": {"source": "pictures/bomb.png"},
+        "missing_file": {"target": "pictures/lost.png"},
+        "empty_instruction": {"instruction": "  "},
+        "mask_size": {"mask": "pictures/other.png"},
+    }
+    counts: dict[str, int] = dict.fromkeys(BAD_KINDS, 0)
+    lines: list[str] = []
+    for number in range(10_000):
+        row = {"source": "pictures/whole.png", "target": "pictures/whole.png", "mask": "pictures/whole.png"}
+        row["instruction"] = f"edit {number}"
+        kind = BAD_KINDS[number // 20 % 8] if number % 20 == 7 else None
+        line = json.dumps(row | changes.get(kind or "", {}))
+        lines.append(line[:-9] if kind == "invalid_json" else line)
+        if kind is not None:
+            counts[kind] += 1
+    (root / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return counts
+
+
+def test_of_ten_thousand_rows_every_bad_one_is_counted_and_too_many_stop_the_job(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    counts = write_ten_thousand(root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    dataset = DatasetConfig(reader="pairs", options={"root": str(root)})
+    store = Store.at(tmp_path / "shards")
+    with pytest.raises(InsightEditError, match=r"of captions are bad, more than data\.quarantine_limit 0\.01 allows"):
+        write_shards(captions(dataset=dataset, rows_per_shard=1000), store)
+    # The limit is no part of what the shards are made from: with a higher one the job goes on.
+    made = write_shards(captions(dataset=dataset, rows_per_shard=1000, quarantine_limit=0.1), store)
+    assert [shard.rows for shard in made.shards] == [1000] * 9 + [500]
+    assert (made.rows, made.quarantined) == (9500, 500)
+    listed = [json.loads(line) for line in store.read(QUARANTINE_NAME).splitlines()]
+    assert Counter(row["reason"] for row in listed) == counts
+    assert len({row["key"] for row in listed}) == 500
+    assert not {row["key"] for row in listed} & set(keys(store))
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before

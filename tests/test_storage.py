@@ -13,8 +13,8 @@ from moto.server import ThreadedMotoServer
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import DatasetConfig, PictureConfig
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
-from insightedit.platform.shards import PreparedData
 from insightedit.platform.sharding import Sharding, prepared_manifest, write_shards
+from insightedit.platform.shards import PreparedData
 from insightedit.platform.storage import Store
 
 BUCKET = "insightedit-test"

@@ -12,8 +12,8 @@ import pytest
 import tiny_models
 import torch
 import toy_training as toy
-from PIL import Image
 from mlflow import MlflowClient
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
-from PIL import Image
-
 from insightedit.platform.datasets.parquet import Row, hub_files, image_bytes, read_rows, row_groups
 from insightedit.platform.datasets.reading import Entry, FolderOptions, fingerprint_of, parse_options, text_field
-from insightedit.platform.records import BadRow, BadRowError, Reason, Record, RecordTask
+from insightedit.platform.records import BadRow, BadRowError, Record, RecordTask, picture_size
 
 _VERSION: Final = 1
 _COLUMNS: Final = ("img_id", "turn_index", "source_img", "mask_img", "instruction", "target_img")
@@ -79,20 +75,17 @@ def _checked_source(values: Mapping[str, Any], root: Path) -> bytes:
     """The source picture, when its mask is null or of its size."""
     source = image_bytes(values["source_img"], root)
     if values["mask_img"] is not None:
-        size = _size(source, "source", "not_an_image")
-        mask_size = _size(image_bytes(values["mask_img"], root), "mask", "invalid_mask")
+        size = picture_size(source)
+        mask_size = _mask_size(image_bytes(values["mask_img"], root))
         if size != mask_size:
             sides = " and ".join(f"{width}x{height}" for width, height in (size, mask_size))
             raise BadRowError("mask_size", f"Source and mask differ in size: {sides} pixels.")
     return source
 
 
-def _size(data: bytes, what: str, reason: Reason) -> tuple[int, int]:
-    """Width and height of a picture, from its header alone."""
+def _mask_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a mask."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size
-    except Image.DecompressionBombError as error:
-        raise BadRowError("decompression_bomb", f"The {what} picture is too large: {error}") from None
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise BadRowError(reason, f"The {what} picture cannot be read: {error}.") from None
+        return picture_size(data)
+    except BadRowError as error:
+        raise BadRowError("invalid_mask", str(error)) from None

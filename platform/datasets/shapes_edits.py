@@ -61,6 +61,8 @@ FRONTED: Final[dict[Task, tuple[str, ...]]] = {
 }
 """Further wordings for training: without one that begins with the place, none that is held out and does so could be
 understood. The foundation's vocabulary is drawn without them."""
+FRONTED_SHARE: Final = 0.15
+"""Of the edits of such a task."""
 
 _ROWS: Final = ("top", "middle", "bottom")
 _COLUMNS: Final = ("left", "middle", "right")
@@ -117,8 +119,8 @@ def sample_edit(seed: int, split: Split, *, fronted: bool = True) -> Edit:
     form = rng.choice(second if second and rng.random() < 1 / 3 else first)
     combination, wording = test and rng.random() < HELD_OUT_SHARE, test and rng.random() < HELD_OUT_SHARE
     templates = TEMPLATES[task][-1:] if wording else TEMPLATES[task][:-1]
-    if fronted and not test:
-        templates += FRONTED.get(task, ())
+    if fronted and not test and task in FRONTED and random.Random(f"fronted:{split}:{seed}").random() < FRONTED_SHARE:
+        templates = FRONTED[task]
     while True:
         source = draw_scene(rng, held_out=combination)
         if split_of(source) != split:
