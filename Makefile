@@ -39,12 +39,22 @@ format: $(INSTALLED)  ## Put the code into ruff's form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# benchmarks/NAME.py prints a table and writes out/NAME.json.
-bench: $(patsubst benchmarks/%.py,bench-%,$(sort $(wildcard benchmarks/*.py)))  ## Every benchmark
+# benchmarks/NAME.py prints its figures and writes out/NAME.json; NAME_peers.py is a part of it.
+BENCHMARKS := $(filter-out %_peers.py,$(sort $(wildcard benchmarks/*.py)))
+bench: $(patsubst benchmarks/%.py,bench-%,$(BENCHMARKS))  ## Every benchmark
 
 bench-%: $(INSTALLED)  ## One benchmark, benchmarks/%.py
 	$(BIN)/python benchmarks/$*.py $(ARGS)
 
+PEERS := .venv-peers/.installed
+$(PEERS): benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers.txt
+	@touch $@
+
+bench-data: $(INSTALLED) $(PEERS)  ## Our stream beside torch's DataLoader, Hugging Face datasets and MosaicML streaming
+	$(BIN)/python benchmarks/data.py --folder out/bench-data --peers .venv-peers/bin/python --rows 100000 $(ARGS)
+
 clean:  ## Remove what building and running made; .venv and insightedit-work stay
 	rm -rf build dist out src/*.egg-info .pytest_cache .ruff_cache
-	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path "./.venv*" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

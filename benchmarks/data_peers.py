@@ -78,6 +78,8 @@ def collate_column(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
 
 def import_streaming() -> types.ModuleType:
     """MosaicML streaming without torchvision, which only its own vision datasets use and of which no CPU build fits."""
+    import transformers.utils  # noqa: F401, PLC0415 - looks for torchvision itself, and must not find these
+
     for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.datasets"):
         sys.modules[name] = types.ModuleType(name)
     sys.modules["torchvision.transforms.functional"].to_tensor = None

@@ -19,9 +19,9 @@ from insightedit.platform.contact_sheet import Contact, write_contact_sheet
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.ingest import Chunk, chunk_dataset, chunks_of, read_chunk
 from insightedit.platform.records import RECORD_TASKS
+from insightedit.platform.sharding import QUARANTINE_NAME
 from insightedit.platform.shards import Table
 
-QUARANTINE_NAME = "quarantine.jsonl"
 SHEET_NAME = "sheet.png"
 _CONTACT = pa.struct([("heading", pa.string()), ("text", pa.string()), ("pictures", pa.list_(pa.binary()))])
 _SUMMARY = pa.schema(
@@ -92,11 +92,12 @@ def check(
 def _summary(chunk: Chunk, *, dataset: DatasetConfig, contacts: int, every: int) -> Table:
     """A row about one chunk."""
     rows = read_chunk(dataset, PictureConfig(), chunk, seed=0)
-    shown = [Contact.of(record) for record in rows.good[:contacts]] if chunk.number % every == 0 else []
+    records = [record for _, record in rows.good]
+    shown = [Contact.of(record) for record in records[:contacts]] if chunk.number % every == 0 else []
     columns = {
-        "tasks": json.dumps(Counter(record.task for record in rows.good)),
-        "categories": json.dumps(Counter(record.category for record in rows.good)),
-        "bad": json.dumps([asdict(row) for row in rows.bad]),
+        "tasks": json.dumps(Counter(record.task for record in records)),
+        "categories": json.dumps(Counter(record.category for record in records)),
+        "bad": json.dumps([asdict(row) for _, row in rows.bad]),
         "contacts": [asdict(contact) for contact in shown],
     }
     return pa.table({name: [value] for name, value in columns.items()}, schema=_SUMMARY)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from insightedit.model.configuration import SourcesConfig
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import RunConfig
-from insightedit.platform.sharding import Sharding, prepared_manifest, write_shards
+from insightedit.platform.errors import UsageError
+from insightedit.platform.ingest import chunks_of
+from insightedit.platform.sharding import Sharding, clear_shards, prepared_manifest, write_shards
 from insightedit.platform.storage import Store
 from insightedit.platform.workdir import Workdir
 
@@ -21,7 +23,8 @@ class PreparedDataset:
     """What preparing one dataset gave."""
 
     name: str
-    store: Store
+    store: str
+    """Where the shards are."""
     rows: int
     quarantined: int
     fingerprint: str
@@ -38,43 +41,48 @@ Progress = Callable[[str, int, int], None]
 
 
 def prepare(
-    config: RunConfig, workdir: Workdir, *, rebuild: bool = False, progress: Progress | None = None
+    config: RunConfig, workdir: Workdir, *, rebuild: Sequence[str] = (), progress: Progress | None = None
 ) -> dict[str, PreparedDataset]:
     """Prepare every dataset of a config that is not there yet.
 
     Args:
         config: what to prepare.
         workdir: its `data` folder gets a folder for each dataset, unless `data.store` names another place.
-        rebuild: delete what is there and begin anew, instead of refusing shards of other settings.
+        rebuild: datasets whose shards are deleted and made again.
         progress: is told how far it is.
 
     Raises:
         UsageError: shards of the same name were made with other settings.
-        NotFoundError: a source of the model is missing.
+        NotFoundError: a dataset, or a source of the model, is missing.
         InsightEditError: too many rows are bad.
     """
     sources = config.model_sources().sources
+    shardings = {name: _sharding(config, sources, name) for name in config.data.datasets}
+    stores = {name: Store.at(config.data.store or workdir.data).child(name) for name in shardings}
+    if unknown := set(rebuild) - set(shardings):
+        raise UsageError(f"--rebuild names {sorted(unknown)[0]!r}; the datasets are {', '.join(shardings)}.")
+    # Nothing is deleted or made before all that is there was looked at.
+    ready = {name: prepared_manifest(shardings[name], stores[name]) for name in shardings if name not in rebuild}
+    for name in rebuild:
+        chunks_of(shardings[name].dataset, config.seed)
     result: dict[str, PreparedDataset] = {}
     with connected():
-        for name in config.data.datasets:
+        for name, sharding in shardings.items():
             began = time.perf_counter()
-            store = Store.at(config.data.store or workdir.data).child(name)
-            sharding = _sharding(config, sources, name)
-            if rebuild:
-                store.delete()
-            manifest = prepared_manifest(sharding, store)
-            reused = manifest is not None
+            manifest = ready.get(name)
+            if name in rebuild:
+                clear_shards(stores[name])
             if manifest is None:
                 told = None if progress is None else functools.partial(progress, name)
-                manifest = write_shards(sharding, store, told)
+                manifest = write_shards(sharding, stores[name], told)
             result[name] = PreparedDataset(
                 name=name,
-                store=store,
+                store=stores[name].uri,
                 rows=manifest.rows,
                 quarantined=manifest.quarantined,
                 fingerprint=manifest.fingerprint,
                 encoders=manifest.encoders,
-                reused=reused,
+                reused=ready.get(name) is not None,
                 seconds=time.perf_counter() - began,
             )
     return result

@@ -19,6 +19,7 @@ from insightedit.platform.cluster import connected
 from insightedit.platform.config import RunConfig
 from insightedit.platform.editing import EditingTask
 from insightedit.platform.errors import InsightEditError, UsageError
+from insightedit.platform.storage import Store
 from insightedit.platform.tracking import TrackedRun, end_run, start_run
 from insightedit.platform.trainer import (
     Progress,
@@ -146,7 +147,7 @@ def training_plan(
     """
     encoders = {dataset.encoders for dataset in datasets.values()}
     if len(encoders) > 1:
-        raise InsightEditError("The datasets were encoded by different encoders; prepare them again with --rebuild.")
+        raise InsightEditError("The datasets were encoded by different encoders; make them again with --rebuild NAME.")
     task = EditingTask(
         key=config.fingerprint(0),
         model=config.model_sources(),
@@ -165,7 +166,7 @@ def training_plan(
         config=config,
         task=task,
         stages=tuple(stages),
-        datasets={key: dataset.store for key, dataset in datasets.items()},
+        datasets={key: Store.at(dataset.store) for key, dataset in datasets.items()},
         tracking=tracked,
     )
 

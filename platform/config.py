@@ -57,7 +57,7 @@ class PictureConfig(_Settings):
 class DataConfig(_Settings):
     """What is prepared before training."""
 
-    datasets: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], DatasetConfig]
+    datasets: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], DatasetConfig]
     """By name: letters, digits, `_`, `-` and `.`, as it is the name of a folder and of tracked parameters."""
     validation: DatasetConfig | None = None
     """Edits whose pictures are tracked while training."""
@@ -76,13 +76,15 @@ class DataConfig(_Settings):
     encoder_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of each such process."""
     shuffle_shards: Count = 8
-    """Shards whose rows are shuffled together; what a data task keeps in memory."""
+    """Shards of a dataset whose rows are shuffled together."""
+    cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    """GiB of shards that each data task keeps in memory; best the shards of a window of every dataset in a stage."""
 
 
 class StageConfig(_Settings):
     """How one stage is trained. What it trains and its losses' names are the seed's (`insightedit.model.stages`)."""
 
-    datasets: dict[str, Annotated[float, Field(gt=0)]]
+    datasets: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
     """Weight of each dataset in the mixture."""
     losses: dict[str, Annotated[float, Field(ge=0)]]
     """Weight of each loss of the stage's equation."""
@@ -207,17 +209,16 @@ class RunConfig(_Settings):
         return dataclasses.replace(self.model, sources=SourcesConfig(**found))
 
     def fingerprint(self, stage: int) -> str:
-        """A sha256 over all that the weights after a stage depend on; a run resumes only under the same."""
-        text = self.model_dump(mode="json", include={"seed", "model", "data", "stages"})
+        """A sha256 over all that the weights after a stage depend on, but for the shards, which have their own."""
+        text = self.model_dump(mode="json", include={"seed", "model", "stages"})
         quiet = {"checkpoint_every", "validate_every", "log_every"}
         stages = {
             key: {name: value for name, value in fields.items() if name not in quiet}
             for key, fields in text["stages"].items()
             if int(key) <= stage
         }
-        for name in ("encoder_workers", "encoder_gpus", "read_tasks", "store", "quarantine_limit", "validation"):
-            text["data"].pop(name)
-        return _sha256({**text, "stages": stages})
+        order = {"shuffle_shards": self.data.shuffle_shards, "encode": self.data.encode}
+        return _sha256({**text, **order, "stages": stages})
 
 
 def load_preset(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -325,7 +326,11 @@ def _override(content: dict[Any, Any], override: str) -> None:
         # A copy: what a file extends may be shared.
         place[key] = dict(cast(dict[Any, Any], inner)) if isinstance(inner, dict) else {}
         place = place[key]
-    place[int(last) if last.isdecimal() else last] = value
+    key = int(last) if last.isdecimal() else last
+    if value is None:
+        place.pop(key, None)
+    else:
+        place[key] = value
 
 
 def _sentence(error: ValidationError, path: Path) -> str:

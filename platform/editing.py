@@ -48,7 +48,10 @@ class EditingTask:
         """
         pipeline = build_pipeline(self.model)
         if self.encoders and pipeline.encoders.fingerprint() != self.encoders:
-            raise InsightEditError("The shards come from other encoders than the model's; prepare the data again.")
+            raise InsightEditError(
+                "The shards come from other encoders than the model's; make them again: `insightedit data prepare`"
+                " with --rebuild NAME for each dataset."
+            )
         return InsightEditModel(pipeline, self.model.lora, self.model.diffusion)
 
     def make_collate(self) -> Collate:

@@ -84,17 +84,18 @@ class RecordEncoder:
 
     def _encode_images(self, files: Sequence[bytes]) -> list[NDArray[Any]]:
         """Patches, embeddings and moments of encoded pictures."""
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts: list[list[NDArray[Any]]] = []
         for start in range(0, len(files), _IMAGES):
             pixels = to_tensor(decode_squares(files[start : start + _IMAGES], self._side))
             features = self._encoders.encode_images(pixels)
             square = (squared(pixels, self._resolution) * 255).round().to(torch.uint8)
-            parts.append((features.patches, features.embeds, self._encoders.encode_latents(square)))
-        return [_half(torch.cat(column)) for column in zip(*parts, strict=True)]
+            moments = self._encoders.encode_latents(square)
+            parts.append([_half(tensor) for tensor in (features.patches, features.embeds, moments)])
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
     def _encode_texts(self, texts: Sequence[str]) -> NDArray[Any]:
         starts = range(0, len(texts), _TEXTS)
-        return _half(torch.cat([self._encoders.encode_text(texts[start : start + _TEXTS]) for start in starts]))
+        return np.concatenate([_half(self._encoders.encode_text(texts[start : start + _TEXTS])) for start in starts])
 
 
 def _spoken(table: Table) -> list[str]:

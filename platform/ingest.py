@@ -41,10 +41,10 @@ MakeTable = Callable[[Chunk], Table]
 
 @dataclass(frozen=True, slots=True)
 class ReadRows:
-    """What one chunk gave."""
+    """What one chunk gave, each row with its place in the chunk's shuffled order."""
 
-    good: list[Record]
-    bad: list[BadRow]
+    good: list[tuple[int, Record]]
+    bad: list[tuple[int, BadRow]]
 
 
 def chunks_of(dataset: DatasetConfig, seed: int) -> list[Chunk]:
@@ -71,19 +71,23 @@ def chunks_of(dataset: DatasetConfig, seed: int) -> list[Chunk]:
 def read_chunk(dataset: DatasetConfig, pictures: PictureConfig, chunk: Chunk, seed: int) -> ReadRows:
     """Read a chunk's records, check them and bring their pictures into form; rows of files are shuffled by the seed."""
     reader = reader_named(dataset.reader)
-    good: list[Record] = []
-    bad: list[BadRow] = []
-    for entry in chunk.entries:
-        for row in reader.read(dataset.options, entry):
-            try:
-                if isinstance(row, BadRow):
-                    bad.append(row)
-                else:
-                    good.append(checked_record(row, pictures))
-            except BadRowError as error:
-                bad.append(BadRow(row.key, error.reason, str(error)))
-    order = np.random.default_rng((seed, chunk.number)).permutation(len(good)).tolist()
-    return ReadRows([good[place] for place in order], bad)
+    rows = [_checked(row, pictures) for entry in chunk.entries for row in reader.read(dataset.options, entry)]
+    # Good and bad rows together: no row's place depends on whether another one is bad.
+    order = np.random.default_rng((seed, chunk.number)).permutation(len(rows)).tolist()
+    placed = [(place, rows[number]) for place, number in enumerate(order)]
+    return ReadRows(
+        [(place, row) for place, row in placed if isinstance(row, Record)],
+        [(place, row) for place, row in placed if isinstance(row, BadRow)],
+    )
+
+
+def _checked(row: Record | BadRow, pictures: PictureConfig) -> Record | BadRow:
+    if isinstance(row, BadRow):
+        return row
+    try:
+        return checked_record(row, pictures)
+    except BadRowError as error:
+        return BadRow(row.key, error.reason, str(error))
 
 
 def checked_record(record: Record, pictures: PictureConfig) -> Record:
@@ -113,7 +117,7 @@ def _formed(data: bytes, pictures: PictureConfig) -> tuple[bytes, tuple[int, int
     """A picture resized and encoded as configured, and its size before: (width, height)."""
     side = pictures.shorter_side
     image, size = open_image(data, at_least=side)
-    if side is not None and min(image.size) > side:
+    if side is not None and min(size) > side:
         scale = side / min(size)
         shape = (max(round(size[0] * scale), side), max(round(size[1] * scale), side))
         image = image.resize(shape, Image.Resampling.BICUBIC)

@@ -200,5 +200,6 @@ def _shares(weights: Sequence[float]) -> tuple[int, ...]:
     share = np.maximum(np.floor(exact), 1).astype(int)
     while share.sum() != _CYCLE:
         step = 1 if share.sum() < _CYCLE else -1
-        share[int(np.argmax(step * (exact - share)))] += step
+        surplus = np.where(share + step > 0, step * (exact - share), -np.inf)
+        share[int(np.argmax(surplus))] += step
     return tuple(share.tolist())

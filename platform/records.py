@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import struct
-import zlib
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Final, Literal, cast, get_args
@@ -210,9 +208,10 @@ def _opened(data: bytes) -> Generator[Image.Image]:
         raise BadRowError(
             "not_an_image", "The picture cannot be read: it is no known format; give a whole PNG, JPEG or WebP file."
         ) from None
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        if isinstance(error, BadRowError):
-            raise
+    except (BadRowError, MemoryError):
+        raise
+    except Exception as error:
+        # Decoders raise what they like over damage: RuntimeError, TypeError, NotImplementedError, ...
         detail = f"The picture cannot be read: {error}; give a whole PNG, JPEG or WebP file."
         raise BadRowError("truncated_image", detail) from error
     finally:

@@ -1,8 +1,8 @@
 """Prepared shards, written by Ray Data: read chunks, cut into equal shards, encode, write.
 
 A folder is resumable at any moment. `PLAN.json` comes first and says what the shards are made from; each shard appears
-whole, and its own metadata says which rows it ends with; the manifest comes last. A second run with the same plan keeps
-the shards up to the first that is missing, and goes on behind them: it writes what the first run would have written.
+whole, and a note beside it says which rows it holds; the manifest comes last. A second run with the same plan keeps the
+shards up to the first that is missing, and goes on behind them: it writes what the first run would have written.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.exceptions import RayError
 
@@ -32,10 +32,13 @@ from insightedit.platform.storage import Store
 QUARANTINE_NAME = "quarantine.jsonl"
 PLAN_NAME = "PLAN.json"
 _SET_ASIDE = "quarantine"
-_CHUNK, _ROW, _LAST, _BAD = "_chunk", "_row", "_last", "_bad"
-"""Columns that travel with the rows: their chunk, their place in it, whether it is the chunk's last, and on the first
-row of a chunk how many of its rows are bad."""
-_SPAN = "insightedit"
+"""Folder of what is set aside, a file for each chunk, until the whole list is written."""
+_NOTES = "notes"
+"""Folder of the notes on shards, until the manifest is written."""
+_CHUNK, _PLACE, _BEFORE, _LAST, _BAD = "_chunk", "_place", "_before", "_last", "_bad"
+"""Columns that travel with the rows: their chunk; their place in it, and that of the good row before, -1 for the first;
+whether it is the chunk's last good row; and on the first one how many of the chunk's rows are bad."""
+_FINGERPRINT = b"insightedit.encoders"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +60,21 @@ class Sharding:
     encoder_workers: int = 1
     encoder_gpus: float = 0.0
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
         """All that the shards' bytes depend on, but for the encoders' weights."""
-        reader = reader_named(self.dataset.reader)
+        cuts = json.dumps([[entry.rows for entry in chunk.entries] for chunk in chunks])
+        return {
+            **self.settings(),
+            "source": reader_named(self.dataset.reader).fingerprint(self.dataset.options),
+            "chunks": hashlib.sha256(cuts.encode()).hexdigest(),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """The part of the plan that is known without the source."""
         return {
             "dataset": self.name,
-            "reader": reader.name,
-            "source": reader.fingerprint(self.dataset.options),
+            "reader": self.dataset.reader,
+            "options": {name: str(value) for name, value in self.dataset.options.items() if name != "root"},
             "seed": self.seed,
             "rows_per_shard": self.rows_per_shard,
             "pictures": self.pictures.model_dump(mode="json"),
@@ -72,26 +83,31 @@ class Sharding:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
-    """Which rows a shard holds: from its first up to its last, by chunk and place in the chunk."""
+class _Note:
+    """Which rows a shard holds, by chunk and place in the chunk."""
 
+    shard: Shard
+    plan: str
+    """sha256 of the plan."""
     first: tuple[int, int]
+    before: int
+    """Place of the chunk's good row before the first; -1 where there is none."""
     last: tuple[int, int]
     ends_chunk: bool
+    """Whether the last row is the chunk's last good one."""
     bad: int
     """Bad rows of the chunks that begin in this shard."""
     encoders: str
 
-    def following(self) -> tuple[int, int]:
-        """Where the next shard begins."""
-        chunk, row = self.last
-        return (chunk + 1, 0) if self.ends_chunk else (chunk, row + 1)
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
 
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    shard: Shard
-    span: _Span
+    @classmethod
+    def from_json(cls, text: str | bytes) -> _Note:
+        fields: dict[str, Any] = json.loads(text)
+        shard: Any = Shard(**fields.pop("shard"))
+        ends: dict[str, Any] = {end: tuple(fields.pop(end)) for end in ("first", "last")}
+        return cls(shard=shard, **ends, **fields)
 
 
 Progress = Callable[[int, int], None]
@@ -101,23 +117,45 @@ Progress = Callable[[int, int], None]
 def prepared_manifest(sharding: Sharding, store: Store) -> ShardManifest | None:
     """The manifest of shards that are there already; None where they are missing or not all there.
 
+    Shards whose source is no longer there are taken as they are, where the settings are the same.
+
     Raises:
-        UsageError: they were made with other settings.
+        UsageError: they were made with other settings or from another source, or the place holds something else.
+        NotFoundError: neither they nor the dataset are there.
     """
-    try:
-        plan = json.loads(store.read(PLAN_NAME))
-    except NotFoundError:
+    sizes = store.sizes()
+    if not sizes:
         return None
-    except ValueError:
-        plan = None
-    if plan != sharding.plan():
+    if PLAN_NAME not in sizes:
+        raise UsageError(f"{store} holds something else than shards; name another place in data.store.")
+    try:
+        manifest = ShardManifest.read(store)
+        manifest.check_files(store)
+    except InsightEditError:
+        manifest = None
+    plan: dict[str, Any] = json.loads(store.read(PLAN_NAME))
+    try:
+        expected = sharding.plan(chunks_of(sharding.dataset, sharding.seed))
+    except NotFoundError:
+        if manifest is None:
+            raise
+        expected = {**plan, **sharding.settings()}
+    if plan != expected:
+        differing = next(key for key in {**plan, **expected} if plan.get(key) != expected.get(key))
         raise UsageError(
-            f"{store} was prepared with other settings; prepare it again with --rebuild, or use another --workdir."
+            f"{store} was prepared with other settings ({differing} differs); make it again with --rebuild"
+            f" {sharding.name}, or use another --workdir."
         )
-    try:
-        return ShardManifest.read(store)
-    except NotFoundError:
-        return None
+    return manifest
+
+
+def clear_shards(store: Store) -> None:
+    """Delete shards and what belongs to them, and nothing else."""
+    ours = (PLAN_NAME, MANIFEST_NAME, QUARANTINE_NAME)
+    names = list(store.sizes())
+    # The plan last: without it the rest could not be told from other files.
+    store.remove(*(name for name in names if name.startswith(("shard-", f"{_SET_ASIDE}/", f"{_NOTES}/"))))
+    store.remove(*(name for name in reversed(ours) if name in names))
 
 
 def write_shards(sharding: Sharding, store: Store, progress: Progress | None = None) -> ShardManifest:
@@ -129,57 +167,218 @@ def write_shards(sharding: Sharding, store: Store, progress: Progress | None = N
         InsightEditError: too many rows are bad, or the work failed.
     """
     chunks = chunks_of(sharding.dataset, sharding.seed)
-    total = sum(entry.rows for chunk in chunks for entry in chunk.entries)
-    store.write(PLAN_NAME, json.dumps(sharding.plan(), indent=1).encode())
-    written = _written_before(store)
-    start = written[-1].span.following() if written else (0, 0)
+    plan = sharding.plan(chunks)
+    store.write(PLAN_NAME, json.dumps(plan, indent=1).encode())
+    work = _Work(sharding, store, plan, chunks)
     try:
-        if start[0] < len(chunks):
-            for row in _pipeline(sharding, store, chunks, start).iter_rows():
-                written.append(_from_row(row))
-                _stop_if_hopeless(sharding, store, written, total)
-                if progress is not None:
-                    progress(sum(one.shard.rows for one in written), total)
+        for note in work.notes():
+            if progress is not None:
+                progress(note, work.total)
     except RayError as error:
         raise InsightEditError(f"Preparing {sharding.name} failed: {cause_of(error)}") from error
-    return _finish(sharding, store, written)
+    return work.finish()
 
 
-def _pipeline(sharding: Sharding, store: Store, chunks: Sequence[Chunk], start: tuple[int, int]) -> Dataset:
-    """A row about each shard, as they are written, in their order."""
-    make_table = functools.partial(_read, sharding=sharding, store=store, start=start)
-    dataset = chunk_dataset(sharding.name, chunks[start[0] :], make_table, sharding.tasks)
-    dataset = dataset.repartition(target_num_rows_per_block=sharding.rows_per_shard, strict=True)
-    whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": TASK_CPUS}
-    if sharding.encoder is not None:
-        dataset = dataset.map_batches(
-            _Encode,
-            fn_constructor_args=(sharding.encoder, sharding.encoder_arguments),
-            compute=ActorPoolStrategy(size=sharding.encoder_workers),
-            num_gpus=sharding.encoder_gpus,
-            **whole,
+class _Work:
+    """One run over a dataset."""
+
+    def __init__(self, sharding: Sharding, store: Store, plan: Mapping[str, Any], chunks: Sequence[Chunk]) -> None:
+        self.total = sum(entry.rows for chunk in chunks for entry in chunk.entries)
+        self._sharding = sharding
+        self._store = store
+        self._plan = plan
+        self._digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+        self._chunks = chunks
+        self._written = self._written_before()
+
+    def notes(self) -> Iterator[int]:
+        """Write what is missing; yields the number of rows that are written, after each shard."""
+        start = self._start()
+        self._forget_from(start)
+        rows = sum(note.shard.rows for note in self._written)
+        tally = ray.remote(num_cpus=0)(cast(Any, _Tally)).remote(
+            self._sharding.quarantine_limit, self.total, rows, sum(note.bad for note in self._written)
         )
-    writing = TaskPoolStrategy(size=sharding.tasks)
-    return dataset.map_batches(cast(Any, _write), fn_kwargs={"store": store}, compute=writing, **whole)
+        if start[0] == len(self._chunks):
+            return
+        for row in self._pipeline(start, tally).iter_rows():
+            note = _Note.from_json(row["note"])
+            self._written.append(note)
+            rows += note.shard.rows
+            yield rows
+
+    def _start(self) -> tuple[int, int]:
+        """Chunk and place of the first row that is not written."""
+        if not self._written:
+            return 0, 0
+        chunk, place = self._written[-1].last
+        return (chunk + 1, 0) if self._written[-1].ends_chunk else (chunk, place + 1)
+
+    def _forget_from(self, start: tuple[int, int]) -> None:
+        """Delete what was set aside of chunks that are read again as a whole."""
+        aside = self._store.child(_SET_ASIDE)
+        first = start[0] + (start[1] > 0)
+        aside.remove(*(name for name in aside.sizes() if name >= _aside_name(first)))
+
+    def _pipeline(self, start: tuple[int, int], tally: Any) -> Dataset:
+        """A row about each shard, as they are written, in their order."""
+        sharding = self._sharding
+        make_table = functools.partial(_read, sharding=sharding, store=self._store, start=start, tally=tally)
+        dataset = chunk_dataset(sharding.name, self._chunks[start[0] :], make_table, sharding.tasks)
+        dataset = dataset.repartition(target_num_rows_per_block=sharding.rows_per_shard, strict=True)
+        whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": TASK_CPUS}
+        if sharding.encoder is not None:
+            dataset = dataset.map_batches(
+                _Encode,
+                fn_constructor_args=(sharding.encoder, sharding.encoder_arguments),
+                compute=ActorPoolStrategy(size=sharding.encoder_workers),
+                num_gpus=sharding.encoder_gpus,
+                **whole,
+            )
+        arguments = {"store": self._store, "plan": self._digest}
+        writing = TaskPoolStrategy(size=sharding.tasks)
+        return dataset.map_batches(cast(Any, _write), fn_kwargs=arguments, compute=writing, **whole)
+
+    def _written_before(self) -> list[_Note]:
+        """Shards of an earlier run, from the first up to where one is missing."""
+        notes, sizes = self._store.child(_NOTES), self._store.sizes()
+        found: list[_Note] = []
+        for name in notes.sizes():
+            note = _Note.from_json(notes.read(name))
+            whole = sizes.get(note.shard.file) == note.shard.size
+            if not (whole and note.plan == self._digest and self._follows(note, found[-1] if found else None)):
+                break
+            found.append(note)
+        return found
+
+    def _follows(self, note: _Note, last: _Note | None) -> bool:
+        """Whether no good row lies between two shards."""
+        chunk = note.first[0]
+        if note.before >= 0:
+            return last is not None and last.last == (chunk, note.before)
+        begins = 0 if last is None else last.last[0] + 1
+        return (last is None or last.ends_chunk) and all(self._is_bad(number) for number in range(begins, chunk))
+
+    def _is_bad(self, number: int) -> bool:
+        """Whether a chunk has no good row."""
+        try:
+            return not json.loads(self._store.child(_SET_ASIDE).read(_aside_name(number)))["good"]
+        except NotFoundError:
+            return False
+
+    def finish(self) -> ShardManifest:
+        """Put the shards together under a manifest.
+
+        Raises:
+            InsightEditError: too many rows are bad, or none is good, or the encoders differ.
+        """
+        good = sum(note.shard.rows for note in self._written)
+        bad, first = self._list_bad()
+        if not good or bad > self._sharding.quarantine_limit * (good + bad):
+            raise InsightEditError(_refusal(self._sharding, bad, good + bad, first))
+        encoders = {note.encoders for note in self._written}
+        if len(encoders) != 1:
+            raise InsightEditError(
+                f"The shards of {self._sharding.name} come from different encoders; give every machine the same"
+                f" sources, and make them again with --rebuild {self._sharding.name}."
+            )
+        manifest = ShardManifest(
+            dataset=self._sharding.name,
+            plan=self._plan,
+            encoders=encoders.pop(),
+            shards=tuple(note.shard for note in self._written),
+            quarantined=bad,
+        )
+        self._store.write(MANIFEST_NAME, manifest.to_json().encode())
+        # Shards of a row order that came to nothing, and what only a run that goes on would need.
+        kept = {shard.file for shard in manifest.shards}
+        self._store.remove(*(n for n in self._store.sizes() if n.startswith("shard-") and n not in kept))
+        for folder in (_NOTES, _SET_ASIDE):
+            self._store.child(folder).delete()
+        return manifest
+
+    def _list_bad(self) -> tuple[int, str]:
+        """Write the list of all bad rows; their number, and the first in words."""
+        aside = self._store.child(_SET_ASIDE)
+        lines: list[str] = []
+        for name in aside.sizes():
+            lines += [json.dumps(row) for _, row in json.loads(aside.read(name))["bad"]]
+        if lines:
+            self._store.write(QUARANTINE_NAME, "".join(f"{line}\n" for line in lines).encode())
+        first = json.loads(lines[0]) if lines else {"key": "-", "detail": "It has no rows at all."}
+        return len(lines), f"{first['key']}: {first['detail']}"
 
 
-def _read(chunk: Chunk, *, sharding: Sharding, store: Store, start: tuple[int, int]) -> Table:
+def _refusal(sharding: Sharding, bad: int, rows: int, first: str) -> str:
+    return (
+        f"{bad} of {rows} rows of {sharding.name} are bad, more than data.quarantine_limit"
+        f" {sharding.quarantine_limit:g} allows; the first is {first}"
+    )
+
+
+class _Tally:
+    """Counts the rows of all reading tasks, so that a hopeless job stops early."""
+
+    def __init__(self, limit: float, total: int, good: int, bad: int) -> None:
+        self._limit = limit
+        self._total = total
+        self._good, self._bad = good, bad
+        self._seen: set[int] = set()
+
+    def add(self, chunk: int, good: int, bad: int) -> tuple[int, int] | None:
+        """Count a chunk, once; returns bad and all rows so far where they are too many already."""
+        if chunk not in self._seen:
+            self._seen.add(chunk)
+            self._good += good
+            self._bad += bad
+        rows = self._good + self._bad
+        return (self._bad, rows) if self._bad > self._limit * max(self._total, rows) else None
+
+
+def _read(chunk: Chunk, *, sharding: Sharding, store: Store, start: tuple[int, int], tally: Any) -> Table:
     """A chunk's good rows with their places; its bad rows are written down on the way."""
     rows = read_chunk(sharding.dataset, sharding.pictures, chunk, sharding.seed)
-    if rows.bad:
-        lines = "".join(f"{json.dumps(asdict(row))}\n" for row in rows.bad)
-        store.child(_SET_ASIDE).write(f"chunk-{chunk.number:08d}.jsonl", lines.encode())
-    table, count = to_table(rows.good), len(rows.good)
-    places = np.arange(count)
+    begin = start[1] if chunk.number == start[0] else 0
+    good = [(place, record) for place, record in rows.good if place >= begin]
+    bad = [(place, row) for place, row in rows.bad if place >= begin]
+    _set_aside(store, chunk.number, begin, len(rows.good), bad)
+    if over := ray.get(tally.add.remote(chunk.number, len(good), len(bad))):
+        first = f"{bad[0][1].key}: {bad[0][1].detail}" if bad else "in the list."
+        raise InsightEditError(_refusal(sharding, over[0], over[1], first))
+    places = np.array([place for place, _ in good], np.int64)
+    before = np.concatenate([[begin - 1], places])[: len(places)]
+    ordinals = np.arange(len(places))
     columns = {
-        _CHUNK: np.full(count, chunk.number),
-        _ROW: places,
-        _LAST: places == count - 1,
-        _BAD: np.where(places == 0, len(rows.bad), 0),
+        _CHUNK: np.full(len(places), chunk.number),
+        _PLACE: places,
+        _BEFORE: before,
+        _LAST: ordinals == len(places) - 1,
+        _BAD: np.where(ordinals == 0, len(bad), 0),
     }
+    table = to_table([record for _, record in good])
     for name, column in columns.items():
         table = table.append_column(name, pa.array(column))
-    return table.slice(start[1]) if chunk.number == start[0] else table
+    return table
+
+
+def _set_aside(store: Store, chunk: int, begin: int, good: int, bad: Sequence[tuple[int, BadRow]]) -> None:
+    """Write down a chunk's bad rows; of rows before the place where a run goes on, what was found then still holds."""
+    aside, name = store.child(_SET_ASIDE), _aside_name(chunk)
+    entries = [(place, asdict(row)) for place, row in bad]
+    if begin:
+        try:
+            known = json.loads(aside.read(name))["bad"]
+        except NotFoundError:
+            known = []
+        entries = [(place, row) for place, row in known if place < begin] + entries
+    if entries:
+        aside.write(name, json.dumps({"good": good, "bad": entries}).encode())
+    else:
+        aside.remove(name)
+
+
+def _aside_name(chunk: int) -> str:
+    return f"chunk-{chunk:08d}.json"
 
 
 class _Encode:
@@ -189,102 +388,26 @@ class _Encode:
         self._encoder = encoder(*arguments)
 
     def __call__(self, table: Table) -> Table:
-        return self._encoder(table).replace_schema_metadata({_SPAN: self._encoder.fingerprint})
+        return self._encoder(table).replace_schema_metadata({_FINGERPRINT: self._encoder.fingerprint})
 
 
-def _write(table: Table, store: Store) -> Table:
-    """Write a shard, named by the row it begins with."""
-    span = _span_of(table)
-    rows = table.drop_columns([_CHUNK, _ROW, _LAST, _BAD]).replace_schema_metadata({_SPAN: json.dumps(asdict(span))})
-    name = f"shard-{span.first[0]:08d}-{span.first[1]:06d}.parquet"
-    shard = write_shard(rows, store, name)
-    return pa.table({"shard": [json.dumps(asdict(shard))], "span": [json.dumps(asdict(span))]})
-
-
-def _span_of(table: Table) -> _Span:
-    first, last = table.slice(0, 1).to_pylist()[0], table.slice(len(table) - 1, 1).to_pylist()[0]
+def _write(table: Table, store: Store, plan: str) -> Table:
+    """Write a shard, named by the row it begins with, and a note on it."""
+    ends = [table.slice(row, 1).select([_CHUNK, _PLACE, _BEFORE, _LAST]).to_pylist()[0] for row in (0, len(table) - 1)]
+    first, last = ends
     metadata = cast(Mapping[bytes, bytes], table.schema.metadata or {})
-    return _Span(
-        first=(first[_CHUNK], first[_ROW]),
-        last=(last[_CHUNK], last[_ROW]),
+    bad = int(np.sum(table.column(_BAD).to_numpy()))
+    name = f"shard-{first[_CHUNK]:08d}-{first[_PLACE]:06d}"
+    rows = table.drop_columns([_CHUNK, _PLACE, _BEFORE, _LAST, _BAD]).replace_schema_metadata(None)
+    note = _Note(
+        shard=write_shard(rows, store, f"{name}.parquet"),
+        plan=plan,
+        first=(first[_CHUNK], first[_PLACE]),
+        before=first[_BEFORE],
+        last=(last[_CHUNK], last[_PLACE]),
         ends_chunk=last[_LAST],
-        bad=int(np.sum(table.column(_BAD).to_numpy())),
-        encoders=metadata.get(_SPAN.encode(), b"").decode(),
+        bad=bad,
+        encoders=metadata.get(_FINGERPRINT, b"").decode(),
     )
-
-
-def _from_row(row: Mapping[str, Any]) -> _Written:
-    return _Written(Shard(**json.loads(row["shard"])), _parse_span(row["span"]))
-
-
-def _parse_span(text: str | bytes) -> _Span:
-    fields: dict[str, Any] = json.loads(text)
-    first, last = (cast(tuple[int, int], tuple(fields[end])) for end in ("first", "last"))
-    return _Span(first, last, fields["ends_chunk"], fields["bad"], fields["encoders"])
-
-
-def _written_before(store: Store) -> list[_Written]:
-    """Shards of an earlier run, from the first up to where one is missing."""
-    found: list[_Written] = []
-    expected = (0, 0)
-    for name in store.sizes():
-        if not name.startswith("shard-"):
-            continue
-        data = store.read(name)
-        table = pq.ParquetFile(pa.BufferReader(data))
-        span = _parse_span(cast(Any, table.schema_arrow.metadata)[_SPAN.encode()])
-        # A chunk of bad rows alone lies between two shards unseen: then the work goes on with that chunk.
-        if span.first != expected:
-            break
-        shard = Shard(name, table.metadata.num_rows, len(data), hashlib.sha256(data).hexdigest())
-        found.append(_Written(shard, span))
-        expected = span.following()
-    return found
-
-
-def _stop_if_hopeless(sharding: Sharding, store: Store, written: Sequence[_Written], total: int) -> None:
-    """Do not go on to the end of a dataset whose bad rows are too many already."""
-    good = sum(one.shard.rows for one in written)
-    bad = sum(one.span.bad for one in written)
-    if bad > sharding.quarantine_limit * max(total, good + bad):
-        _refuse(sharding, _set_aside(store), good)
-
-
-def _set_aside(store: Store) -> list[BadRow]:
-    """Every bad row so far, listed in one file."""
-    parts = store.child(_SET_ASIDE)
-    lines = b"".join(parts.read(name) for name in parts.sizes())
-    if lines:
-        store.write(QUARANTINE_NAME, lines)
-    return [BadRow(**json.loads(line)) for line in lines.splitlines()]
-
-
-def _refuse(sharding: Sharding, bad: Sequence[BadRow], good: int) -> None:
-    first = f"{bad[0].key}: {bad[0].detail}" if bad else "it has no rows at all."
-    raise InsightEditError(
-        f"{len(bad)} of {good + len(bad)} rows of {sharding.name} are bad, more than data.quarantine_limit"
-        f" {sharding.quarantine_limit:g} allows; they are listed in {QUARANTINE_NAME}, and the first is {first}"
-    )
-
-
-def _finish(sharding: Sharding, store: Store, written: Sequence[_Written]) -> ShardManifest:
-    """Put the shards together under a manifest."""
-    bad = _set_aside(store)
-    good = sum(one.shard.rows for one in written)
-    if not good or len(bad) > sharding.quarantine_limit * (good + len(bad)):
-        _refuse(sharding, bad, good)
-    encoders = {one.span.encoders for one in written}
-    if len(encoders) != 1:
-        raise InsightEditError(
-            f"The shards of {sharding.name} come from different encoders; give every machine the same sources, and"
-            " prepare again with --rebuild."
-        )
-    manifest = ShardManifest(
-        dataset=sharding.name,
-        plan=sharding.plan(),
-        encoders=encoders.pop(),
-        shards=tuple(one.shard for one in written),
-        quarantined=len(bad),
-    )
-    store.write(MANIFEST_NAME, manifest.to_json().encode())
-    return manifest
+    store.child(_NOTES).write(f"{name}.json", note.to_json())
+    return pa.table({"note": [note.to_json()]})

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -127,20 +127,47 @@ class PreparedData:
         return [shard.rows for shard in self.manifest.shards]
 
     def read(self, shard: int) -> Table:
-        """One shard, kept in memory for the next call."""
-        entry = self.manifest.shards[shard]
-        return _read_shard(self.store, entry.file, entry.sha256)
+        """One shard.
+
+        Raises:
+            NotFoundError: it is not there.
+            InsightEditError: it is damaged; every page of a shard has a checksum.
+        """
+        name = self.manifest.shards[shard].file
+        try:
+            buffer = pa.BufferReader(self.store.read(name))
+            return pq.read_table(buffer, page_checksum_verification=True).combine_chunks()
+        except (pa.ArrowException, OSError) as error:
+            raise InsightEditError(
+                f"{self.store}/{name} is damaged ({error}); delete it and run `insightedit data prepare`."
+            ) from error
 
 
-@lru_cache(maxsize=64)
-def _read_shard(store: Store, name: str, sha256: str) -> Table:
-    # The sha256 is checked once a process reads the shard, and is part of the key: a shard made anew is read anew.
-    data = store.read(name)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise InsightEditError(
-            f"{store}/{name} differs from its manifest; delete its folder and prepare the dataset again."
-        )
-    return pq.read_table(pa.BufferReader(data)).combine_chunks()
+class ShardCache:
+    """The shards that were read last, up to some bytes; a process reads the shards of a window again and again."""
+
+    def __init__(self, data: Sequence[PreparedData], max_bytes: int) -> None:
+        """Keep shards of some prepared datasets.
+
+        Args:
+            data: the datasets.
+            max_bytes: of the tables in memory; the last one that was read stays, whatever its size.
+        """
+        self._data = data
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._tables: OrderedDict[tuple[int, int], Table] = OrderedDict()
+
+    def read(self, dataset: int, shard: int) -> Table:
+        """One shard of the dataset with this number."""
+        key = (dataset, shard)
+        if key not in self._tables:
+            self._tables[key] = self._data[dataset].read(shard)
+            self._bytes += self._tables[key].nbytes
+        self._tables.move_to_end(key)
+        while self._bytes > self._max_bytes and len(self._tables) > 1:
+            self._bytes -= self._tables.popitem(last=False)[1].nbytes
+        return self._tables[key]
 
 
 def add_features(table: Table, features: Mapping[str, NDArray[Any]]) -> Table:
@@ -175,12 +202,19 @@ def features_of(table: Table) -> dict[str, NDArray[Any]]:
 
 
 def write_shard(table: Table, store: Store, name: str) -> Shard:
-    """Write one shard. Features are stored as they are: floating-point noise does not get smaller."""
-    features = set(feature_names(table.schema))
-    columns = [column for column in table.column_names if column not in features]
-    compression: Any = {column: "none" if column in features else "zstd" for column in table.column_names}
+    """Write one shard. Pictures and features are stored as they are: neither gets smaller."""
+    bulky = {"source", "target", *feature_names(table.schema)}
+    texts = [column for column in table.column_names if column not in bulky]
+    compression: Any = {column: "none" if column in bulky else "zstd" for column in table.column_names}
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=compression, use_dictionary=cast(Any, columns), row_group_size=len(table))
+    pq.write_table(
+        table,
+        sink,
+        compression=compression,
+        use_dictionary=cast(Any, texts),
+        row_group_size=len(table),
+        write_page_checksum=True,
+    )
     data = sink.getvalue().to_pybytes()
     store.write(name, data)
     return Shard(name, len(table), len(data), hashlib.sha256(data).hexdigest())

@@ -6,12 +6,10 @@ store puts objects whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
-import shutil
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +27,8 @@ class Store:
     """A folder, as a path or as a URI such as `s3://bucket/folder`.
 
     Credentials, region and endpoint of S3 come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_REGION`,
-    `AWS_ENDPOINT_URL`, ...) or from the URI's query, as in `s3://bucket/folder?endpoint_override=host:9000&scheme=http`.
+    `AWS_ENDPOINT_URL`, ...). Region and endpoint may be in the URI's query, as in
+    `s3://bucket/folder?endpoint_override=host:9000&scheme=http`; credentials may not, as a URI is shown and tracked.
     """
 
     uri: str
@@ -39,19 +38,22 @@ class Store:
         """The store at a place; a path is made absolute.
 
         Raises:
-            UsageError: the URI is of no known kind.
+            UsageError: the URI is of no known kind, or holds credentials.
         """
         if isinstance(place, Store):
             return place
-        if "://" in str(place):
-            store = cls(str(place))
-            _opened(store.uri)
-            return store
-        return cls(str(Path(place).expanduser().absolute()))
+        text = str(place).removeprefix("file://")
+        if "://" not in text:
+            return cls(str(Path(text).expanduser().absolute()))
+        if "@" in text:
+            kind = text.partition("://")[0]
+            raise UsageError(f"A {kind} URI holds credentials; give them in the environment instead.")
+        _opened(text)
+        return cls(text)
 
     def __str__(self) -> str:
-        """The folder, without what may hold a secret: credentials and settings of its URI."""
-        return re.sub(r"://[^/?]*@", "://", self.uri.partition("?")[0])
+        """The folder, without the settings of its URI."""
+        return self.uri.partition("?")[0]
 
     @property
     def path(self) -> Path | None:
@@ -97,16 +99,20 @@ class Store:
         names = {info.path.removeprefix(f"{root}/"): int(info.size) for info in files}
         return {name: size for name, size in sorted(names.items()) if _TEMPORARY not in name}
 
+    def remove(self, *names: str) -> None:
+        """Delete files; nothing happens to those that are not there."""
+        system, root = _opened(self.uri)
+        for name in names:
+            with self._failing(name), contextlib.suppress(FileNotFoundError):
+                system.delete_file(f"{root}/{name}")
+
     def delete(self) -> None:
         """Delete the folder and all in it; nothing happens where there is none."""
-        if self.path is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
-            return
         system, root = _opened(self.uri)
-        with self._failing(""):
-            system.delete_dir_contents(root, missing_dir_ok=True)
+        with self._failing(""), contextlib.suppress(FileNotFoundError):
+            system.delete_dir(root)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _failing(self, name: str) -> Generator[None]:
         """Say in our words what failed."""
         where = f"{self}/{name}".rstrip("/")
@@ -139,5 +145,5 @@ def _opened(uri: str) -> tuple[Any, str]:
     try:
         system, path = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
-        raise UsageError(f"{Store(uri)} is no storage that is known: {error}.") from None
+        raise UsageError(f"{Store(uri)} is no storage that is known, or is not configured.") from error
     return system, path.rstrip("/")

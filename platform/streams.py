@@ -27,7 +27,7 @@ from ray.data.datasource import ReadTask
 from ray.train import DataConfig
 
 from insightedit.platform.mixtures import Mixture, step_positions
-from insightedit.platform.shards import PreparedData, Table
+from insightedit.platform.shards import PreparedData, ShardCache, Table
 from insightedit.platform.storage import Store
 
 _POSITION, _SEED = "position", "seed"
@@ -63,17 +63,20 @@ class StageStream:
     """Data tasks that run at a time."""
     cpus: float
     """CPUs that Ray sets aside for each data task."""
+    cache_bytes: int = 1 << 30
+    """Shards that each data task keeps in memory, in bytes."""
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Tells streams apart within a process that outlives one of them."""
 
-    def mixture(self) -> tuple[Mixture, list[PreparedData]]:
+    def mixture(self) -> tuple[Mixture, ShardCache]:
         """The order of rows, and where they are; kept in this process, as many blocks need it."""
         if self.token not in _MIXTURES:
-            opened = {name: PreparedData.open(store) for name, (_, store) in self.datasets.items()}
+            # In the order of their names, whatever the order in the config.
+            opened = {name: PreparedData.open(store) for name, (_, store) in sorted(self.datasets.items())}
             rows = {name: (self.datasets[name][0], data.shard_rows) for name, data in opened.items()}
             mixture = Mixture(rows, seed=self.seed, stage=self.stage, window=self.shuffle_shards)
             _MIXTURES.clear()
-            _MIXTURES[self.token] = (mixture, list(opened.values()))
+            _MIXTURES[self.token] = (mixture, ShardCache(list(opened.values()), self.cache_bytes))
         return _MIXTURES[self.token]
 
     def rows(self, first_step: int, rank: int, world: int) -> Table:
@@ -81,9 +84,9 @@ class StageStream:
         steps = range(first_step, min(first_step + self.steps_per_block, self.steps))
         shape = {"global_batch": self.global_batch, "world": world, "rank": rank}
         positions = np.concatenate([step_positions(step, **shape) for step in steps])
-        mixture, data = self.mixture()
+        mixture, shards = self.mixture()
         rows = mixture.rows(positions)
-        table = _gathered(data, rows.dataset, rows.shard, rows.row)
+        table = _gathered(shards, rows.dataset, rows.shard, rows.row)
         return table.append_column(_POSITION, pa.array(positions)).append_column(_SEED, pa.array(rows.seed))
 
     def collated(self, table: Table) -> Arrays:
@@ -96,7 +99,7 @@ class StageStream:
         return self.collated(self.rows(first_step, rank, world))
 
 
-_MIXTURES: dict[str, tuple[Mixture, list[PreparedData]]] = {}
+_MIXTURES: dict[str, tuple[Mixture, ShardCache]] = {}
 _COLLATES: dict[str, Collate] = {}
 
 
@@ -109,14 +112,14 @@ def _collate(key: str, make: Callable[[], Collate]) -> Collate:
 
 
 def _gathered(
-    data: list[PreparedData], dataset: NDArray[np.int64], shard: NDArray[np.int64], row: NDArray[np.int64]
+    shards: ShardCache, dataset: NDArray[np.int64], shard: NDArray[np.int64], row: NDArray[np.int64]
 ) -> Table:
     """Rows of several shards as one table, in the order they are asked for."""
     places = np.stack([dataset, shard], axis=1)
     sources, which = np.unique(places, axis=0, return_inverse=True)
     order = np.argsort(which, kind="stable")
     parts = [
-        data[int(d)].read(int(s)).take(pa.array(row[order[which[order] == number]]))
+        shards.read(int(d), int(s)).take(pa.array(row[order[which[order] == number]]))
         for number, (d, s) in enumerate(sources)
     ]
     together = pa.concat_tables(parts) if len(parts) > 1 else parts[0]

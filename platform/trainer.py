@@ -7,6 +7,7 @@ was running resumes from its newest checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -26,6 +27,7 @@ from insightedit.platform.cluster import cause_of
 from insightedit.platform.config import RunConfig
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.manifests import sha256_file
+from insightedit.platform.shards import ShardManifest
 from insightedit.platform.storage import Store
 from insightedit.platform.streams import StageStream, StageStreams
 from insightedit.platform.tasks import TrainingTask
@@ -70,6 +72,13 @@ class TrainingPlan:
         """Where rank 0 says how far it is."""
         return self.folder / "progress.json"
 
+    def fingerprint(self, number: int) -> str:
+        """A sha256 over all that the weights after a stage depend on; a run goes on only under the same."""
+        stages = [self.config.stages[stage] for stage in sorted(self.config.stages) if stage <= number]
+        names = sorted({name for stage in stages for name in stage.datasets})
+        shards = [ShardManifest.read(self.datasets[name]).fingerprint for name in names]
+        return hashlib.sha256(json.dumps([self.config.fingerprint(number), names, shards]).encode()).hexdigest()
+
     def stream(self, number: int) -> StageStream:
         """A stage's samples."""
         stage, workers, data = self.config.stages[number], self.config.workers, self.config.data
@@ -86,6 +95,7 @@ class TrainingPlan:
             global_batch=stage.global_batch,
             steps_per_block=workers.steps_per_block,
             shuffle_shards=data.shuffle_shards,
+            cache_bytes=int(data.cache_gib * 2**30),
             tasks=workers.data_tasks,
             cpus=workers.data_cpus,
         )
@@ -162,8 +172,11 @@ def check_start(plan: TrainingPlan, number: int) -> None:
 
 def _is_done(plan: TrainingPlan, number: int) -> bool:
     result = StageResult.read(plan.stage_folder(number))
-    if result is not None and result.fingerprint != plan.config.fingerprint(number):
-        raise UsageError(f"Run {plan.name} finished stage {number} with another config; give the new run another name.")
+    if result is not None and result.fingerprint != plan.fingerprint(number):
+        raise UsageError(
+            f"Run {plan.name} finished stage {number} with another config or other shards; give the new run another"
+            " name."
+        )
     return result is not None
 
 

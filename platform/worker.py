@@ -80,7 +80,7 @@ class StageWorker:
         self.config: StageConfig = plan.config.stages[number]
         self.names = loss_names(number)
         self.layout = _layout(self.config)
-        self.fingerprint = plan.config.fingerprint(number)
+        self.fingerprint = plan.fingerprint(number)
         folder = plan.stage_folder(number)
         self.store = CheckpointStore(
             folder / "checkpoints", checkpoint_key(plan.workdir.root), plan.config.checkpoints.keep

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import dataset_folders
 import pytest
 import yaml
 from empty_registry import make_workdir
@@ -248,8 +249,23 @@ def test_doctor_finds_a_folder_that_cannot_be_written(insightedit: Any, own_work
 
 def test_data_list(insightedit: Any) -> None:
     readers = {reader["name"]: reader["needs"] for reader in insightedit("data", "list", "--json").json}
-    assert readers["shapes"]
+    assert set(readers) == set(dataset_folders.FOLDERS)
+    assert all(readers.values())
     assert "shapes" in insightedit("data", "list").out
+
+
+def test_data_check(insightedit: Any, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    dataset_folders.FOLDERS["pairs"](root)
+    found = insightedit("data", "check", "pairs", root, "--json").json
+    counts = {name: found[name] for name in ("records", "quarantined", "reasons", "tasks")}
+    reasons = {"empty_instruction": 1, "missing_file": 1}
+    assert counts == {"records": 4, "quarantined": 2, "reasons": reasons, "tasks": {"edit": 4}}
+    assert Path(found["sheet"]).parent.name == "pairs"
+    insightedit("data", "check", "pears", root).assert_fails_with(2, "no reader 'pears'", "pairs")
+    insightedit("data", "check", "pairs", tmp_path / "lost").assert_fails_with(4, "no folder", "lost")
+    insightedit("data", "check", "pairs", root, "--set", "sourc=x").assert_fails_with(2, "'sourc'", "source")
+    insightedit("data", "check", "coco", root).assert_fails_with(4, "train2017")
 
 
 @pytest.mark.usefixtures("no_model")

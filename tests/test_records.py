@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 
@@ -11,10 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from insightedit.platform.config import PictureConfig
 from insightedit.platform.datasets import READERS, reader_named, records_of
 from insightedit.platform.errors import UsageError
+from insightedit.platform.ingest import checked_record
+from insightedit.platform.pictures import decode_squares
 from insightedit.platform.records import (
     RECORD_SCHEMA,
+    BadRowError,
     Record,
     decode_image,
     encode_png,
@@ -119,3 +124,47 @@ def test_a_wrong_option_is_named(change: dict[str, object], named: str) -> None:
 def test_an_unknown_reader_is_named() -> None:
     with pytest.raises(UsageError, match=r"'shape'.*shapes"):
         reader_named("shape")
+
+
+def test_pictures_are_brought_into_form() -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((96, 64))
+    files: dict[str, bytes] = {}
+    for kind in ("PNG", "JPEG"):
+        buffer = io.BytesIO()
+        image.save(buffer, kind)
+        files[kind] = buffer.getvalue()
+    record = Record(key="a", dataset="d", task="edit", source=files["JPEG"], target=files["PNG"], instruction="x")
+    assert checked_record(record, PictureConfig()) == record
+    assert checked_record(record, PictureConfig(shorter_side=64)) == record
+    for form in ("keep", "png", "jpeg", "webp"):
+        formed = checked_record(record, PictureConfig(shorter_side=16, format=form))
+        for data in (formed.source, formed.target):
+            assert data is not None
+            with Image.open(io.BytesIO(data)) as made:
+                assert made.size == (24, 16)
+                assert made.format == ("PNG" if form == "keep" else form.upper())
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "TIFF", "WEBP", "GIF", "BMP"])
+def test_whatever_a_decoder_raises_the_row_is_bad(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(buffer, kind)
+    data = buffer.getvalue()
+    for keep in (2, len(data) // 3, len(data) // 2):
+        with contextlib.suppress(BadRowError):
+            decode_image(data[:keep] + bytes(len(data) - keep))
+        with contextlib.suppress(BadRowError):
+            decode_image(data[:keep])
+
+
+def test_squares_are_the_whole_picture_whatever_its_format() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)).resize((160, 96))
+    expected = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+    for kind, mode in (("PNG", "RGB"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGB")):
+        buffer = io.BytesIO()
+        image.convert(mode).save(buffer, kind)
+        squares = decode_squares([buffer.getvalue()] * 2, 32)
+        assert squares.shape == (2, 32, 32, 3)
+        wanted = np.asarray(image.convert(mode).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(squares[1] - (wanted if mode == "L" else expected)).mean() < 6

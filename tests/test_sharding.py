@@ -16,9 +16,9 @@ from PIL import Image
 
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import DatasetConfig, PictureConfig
-from insightedit.platform.errors import InsightEditError, UsageError
+from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.records import encode_png
-from insightedit.platform.sharding import QUARANTINE_NAME, Sharding, prepared_manifest, write_shards
+from insightedit.platform.sharding import QUARANTINE_NAME, Sharding, clear_shards, prepared_manifest, write_shards
 from insightedit.platform.shards import MANIFEST_NAME, PreparedData, features_of
 from insightedit.platform.storage import Store
 from insightedit.platform.streams import StageStream, stream_dataset
@@ -73,20 +73,109 @@ def test_shards_are_equal_and_hold_every_row_once_in_the_order_of_the_seed(tmp_p
     assert [sorted(order) for order in orders] == [expected] * 3
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3, 6])
+class KilledError(Exception):
+    """Stands for whatever ends a run in its middle."""
+
+
+def killed_after(shards: int, sharding: Sharding, store: Store) -> None:
+    """Prepare a dataset, and end after some shards; others may be under way or written ahead."""
+
+    def progress(rows: int, total: int) -> None:
+        if rows >= shards * sharding.rows_per_shard:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        write_shards(sharding, store, progress)
+
+
+@pytest.mark.parametrize("kept", [1, 3, 6])
 def test_an_interrupted_run_is_finished_with_the_same_bytes(tmp_path: Path, kept: int) -> None:
     whole, torn = Store.at(tmp_path / "whole"), Store.at(tmp_path / "torn")
     write_shards(captions(), whole)
     names = [name for name in whole.sizes() if name.startswith("shard-")]
-    # What a killed run leaves: the plan, shards up to some place, one beyond it, and half of a temporary file.
-    for name in ["PLAN.json", *names[:kept], names[-1]]:
-        torn.write(name, whole.read(name))
+    killed_after(kept, captions(), torn)
     (tmp_path / "torn" / ".tmp-shard").write_bytes(b"half")
     assert prepared_manifest(captions(), torn) is None
     before = {name: (tmp_path / "torn" / name).stat().st_mtime_ns for name in names[:kept]}
     write_shards(captions(), torn)
     assert contents(torn) == contents(whole)
     assert before == {name: (tmp_path / "torn" / name).stat().st_mtime_ns for name in names[:kept]}
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_lost_shard_is_made_again(tmp_path: Path, lost: int) -> None:
+    store = Store.at(tmp_path / "captions")
+    made = write_shards(captions(), store)
+    before = contents(store)
+    store.remove(made.shards[lost].file)
+    assert prepared_manifest(captions(), store) is None
+    assert write_shards(captions(), store) == made
+    assert contents(store) == before
+
+
+def write_pairs(root: Path, bad: set[int], rows: int = 1600) -> DatasetConfig:
+    """Pairs, each with a picture of its own, of which some are no pictures."""
+    picture = encode_png(np.zeros((2, 2, 3), np.uint8))
+    (root / "pictures").mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    for number in range(rows):
+        (root / f"pictures/{number}.png").write_bytes(b"x" * len(picture) if number in bad else picture)
+        name = f"pictures/{number}.png"
+        lines.append(json.dumps({"source": name, "target": name, "instruction": f"edit {number}"}))
+    (root / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return DatasetConfig(reader="pairs", options={"root": str(root)})
+
+
+def test_no_row_is_lost_or_doubled_where_rows_change_while_a_run_is_down(tmp_path: Path) -> None:
+    root, store = tmp_path / "data", Store.at(tmp_path / "shards")
+    # One part of the file has no good row at all, the others a few bad ones.
+    dataset = write_pairs(root, {*range(500, 1000), *range(0, 1600, 9)})
+    settings: dict[str, Any] = {"dataset": dataset, "quarantine_limit": 1.0, "rows_per_shard": 130}
+    for shards in (1, 4, 6):
+        killed_after(shards, captions(**settings), store)
+        write_pairs(root, {*range(500, 1000), *range(shards, 1600, 7)})
+    made = write_shards(captions(**settings), store)
+    listed = [json.loads(line)["key"] for line in store.read(QUARANTINE_NAME).splitlines()]
+    good = keys(store)
+    assert len(good) == made.rows
+    assert len(listed) == made.quarantined
+    assert sorted([*good, *listed]) == sorted(f"pairs.jsonl:{number}" for number in range(1, 1601))
+    assert {shard.rows for shard in made.shards[:-1]} == {130}
+
+
+def test_a_chunk_without_good_rows_does_not_stop_a_run_from_going_on(tmp_path: Path) -> None:
+    dataset = write_pairs(tmp_path / "data", set(range(500, 1000)))
+    settings: dict[str, Any] = {"dataset": dataset, "quarantine_limit": 1.0, "rows_per_shard": 250}
+    whole, torn = Store.at(tmp_path / "whole"), Store.at(tmp_path / "torn")
+    write_shards(captions(**settings), whole)
+    killed_after(4, captions(**settings), torn)
+    names = [name for name in torn.sizes() if name.startswith("shard-")]
+    before = {name: (tmp_path / "torn" / name).stat().st_mtime_ns for name in names[:4]}
+    write_shards(captions(**settings), torn)
+    assert before == {name: (tmp_path / "torn" / name).stat().st_mtime_ns for name in names[:4]}
+    assert contents(torn) == contents(whole)
+
+
+def test_a_dataset_of_bad_rows_stops_early(tmp_path: Path) -> None:
+    dataset = write_pairs(tmp_path / "data", set(range(1600)))
+    with pytest.raises(InsightEditError, match=r"500 of 500 rows of captions are bad.*the first is pairs\.jsonl:\d+: "):
+        write_shards(captions(dataset=dataset, tasks=1), Store.at(tmp_path / "shards"))
+
+
+def test_shards_without_their_source_are_used_and_foreign_files_are_left_alone(tmp_path: Path) -> None:
+    root, store = tmp_path / "data", Store.at(tmp_path / "shards")
+    sharding = captions(dataset=write_pairs(root, set(), rows=40))
+    with pytest.raises(UsageError, match="holds something else than shards"):
+        prepared_manifest(sharding, Store.at(root))
+    made = write_shards(sharding, store)
+    root.rename(tmp_path / "moved")
+    assert prepared_manifest(sharding, store) == made
+    with pytest.raises(UsageError, match="seed differs"):
+        prepared_manifest(captions(dataset=sharding.dataset, seed=1), store)
+    with pytest.raises(NotFoundError, match="There is no folder"):
+        write_shards(sharding, Store.at(tmp_path / "nowhere"))
+    clear_shards(store)
+    assert store.sizes() == {}
 
 
 def test_what_is_there_is_used_again_and_other_settings_are_refused(tmp_path: Path) -> None:

@@ -64,6 +64,12 @@ def test_any_two_thousand_positions_have_the_weights_shares() -> None:
     assert np.abs(shares - list(weights.values())).max() < 0.005
 
 
+def test_a_dataset_of_any_weight_is_drawn() -> None:
+    sizes = {"huge": 12_000_000.0, "small": 8807.0, "tiny": 239.0}
+    mixed = Mixture({name: (weight, (7,)) for name, weight in sizes.items()}, seed=0, stage=2, window=2)
+    assert np.bincount(mixed.rows(np.arange(1000)).dataset).tolist() == [998, 1, 1]
+
+
 def test_an_epoch_ends_when_the_largest_dataset_was_seen_once() -> None:
     mixed = Mixture({"small": (1.0, (30,)), "large": (3.0, (400, 200))}, seed=0, stage=2, window=2)
     assert mixed.epoch_length == 800

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -106,6 +107,7 @@ def read_file(root: Path, name: str) -> bytes:
 
     Raises:
         BadRowError: `missing_file`; also where the name leads out of the folder.
+        OSError: the file is there and cannot be read: the storage fails, which is no fault of the row.
     """
     path = root / name
     if "\0" in name:
@@ -114,8 +116,13 @@ def read_file(root: Path, name: str) -> bytes:
         raise BadRowError("missing_file", f"{name} leads out of {root}; keep the dataset's files in one folder.")
     try:
         return path.read_bytes()
-    except OSError:
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
         raise BadRowError("missing_file", f"There is no file {path}.") from None
+
+
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def text_field(row: Mapping[str, Any], field: str, reason: Reason = "missing_field") -> str:

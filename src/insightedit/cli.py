@@ -271,12 +271,14 @@ def data_check(
 
 @data.command("prepare")
 @click.argument("config", default="nano")
-@click.option("--rebuild", is_flag=True, help="Make shards of other settings again instead of refusing them.")
+@click.option("--rebuild", multiple=True, metavar="NAME", help="Delete this dataset's shards and make them again.")
 @set_option
 @dry_run_option
 @json_option
-def data_prepare(config: str, rebuild: bool, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Turn the datasets of a CONFIG into shards, encoded ahead."""
+def data_prepare(
+    config: str, rebuild: tuple[str, ...], overrides: tuple[str, ...], dry_run: bool, as_json: bool
+) -> None:
+    """Turn the datasets of a CONFIG into shards."""
     from insightedit.platform.config import load_preset
 
     run_config = load_preset(config, overrides)
