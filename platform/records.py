@@ -211,7 +211,7 @@ def _opened(data: bytes) -> Generator[Image.Image]:
     except (BadRowError, MemoryError):
         raise
     except Exception as error:
-        # Decoders raise what they like over damage: RuntimeError, TypeError, NotImplementedError, ...
+        # Decoders raise what they like over damage, and not only errors of reading.
         detail = f"The picture cannot be read: {error}; give a whole PNG, JPEG or WebP file."
         raise BadRowError("truncated_image", detail) from error
     finally:

@@ -148,9 +148,11 @@ def test_fingerprints_cover_what_weights_depend_on() -> None:
         "workers.count=1",
         "stages.2.steps=9",
         "promotion.margin=0.1",
+        "data.read_tasks=9",
+        "data.store=/elsewhere",
     ]
     assert load_preset("nano", same).fingerprint(1) == nano.fingerprint(1)
-    for override in ("stages.1.steps=9", "seed=1", "model.lora.rank=2", "data.datasets.edits.options.count=9"):
+    for override in ("stages.1.steps=9", "seed=1", "model.lora.rank=2", "data.shuffle_shards=9"):
         assert load_preset("nano", [override]).fingerprint(1) != nano.fingerprint(1), override
     assert load_preset("nano", ["stages.2.steps=9"]).fingerprint(2) != nano.fingerprint(2)
 

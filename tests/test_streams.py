@@ -123,12 +123,12 @@ def test_features_come_back_as_they_were(tmp_path: Path) -> None:
 def test_damaged_shards_are_refused(tmp_path: Path) -> None:
     folder = toy.prepare_toy(tmp_path / "damaged")
     path = folder / "shard-00001.parquet"
-    data = bytearray(path.read_bytes())
-    data[200] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(InsightEditError, match="differs from its manifest"):
-        PreparedData.open(folder).read(1)
-    path.write_bytes(data[:-1])
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with pytest.raises(InsightEditError, match=r"shard-00001\.parquet differs from its manifest"):
+            PreparedData.open(folder).read(1)
+    path.write_bytes(whole[:-1])
     with pytest.raises(InsightEditError, match=r"shard-00001.* is missing or torn"):
         PreparedData.open(folder)
     with pytest.raises(NotFoundError, match="no prepared shards"):

@@ -357,8 +357,11 @@ def test_batches_and_weights_are_what_the_model_takes(tiny_run: RunConfig) -> No
     states = load_encoders(tiny_run.model.sources).encode_text(spoken)
     assert torch.allclose(batch["text_states"], states, atol=2e-3, rtol=2e-3)
     # The same features as at once, at the precision that they are kept in.
-    pixels = to_pixels([Image.fromarray(decode_image(data)) for data in table.column("source").to_pylist()])
-    patches = load_encoders(tiny_run.model.sources).encode_images(pixels).patches
+    encoders = load_encoders(tiny_run.model.sources)
+    side = max(tiny_run.model.resolution, encoders.image_encoder.config.image_size)
+    pictures = [Image.fromarray(decode_image(data)) for data in table.column("source").to_pylist()]
+    pixels = to_pixels([picture.resize((side, side), Image.Resampling.BICUBIC) for picture in pictures])
+    patches = encoders.encode_images(pixels).patches
     assert torch.allclose(batch["clip_patches"], patches, atol=2e-3, rtol=2e-3)
     stale = dataclasses.replace(task, encoders="others")
     with pytest.raises(InsightEditError, match="other encoders"):
