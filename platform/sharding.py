@@ -123,17 +123,14 @@ def prepared_manifest(sharding: Sharding, store: Store) -> ShardManifest | None:
         UsageError: they were made with other settings or from another source, or the place holds something else.
         NotFoundError: neither they nor the dataset are there.
     """
-    sizes = store.sizes()
-    if not sizes:
+    plan = _plan_before(store)
+    if plan is None:
         return None
-    if PLAN_NAME not in sizes:
-        raise UsageError(f"{store} holds something else than shards; name another place in data.store.")
     try:
         manifest = ShardManifest.read(store)
         manifest.check_files(store)
     except InsightEditError:
         manifest = None
-    plan: dict[str, Any] = json.loads(store.read(PLAN_NAME))
     try:
         expected = sharding.plan(chunks_of(sharding.dataset, sharding.seed))
     except NotFoundError:
@@ -149,8 +146,25 @@ def prepared_manifest(sharding: Sharding, store: Store) -> ShardManifest | None:
     return manifest
 
 
+def _plan_before(store: Store) -> dict[str, Any] | None:
+    """What the shards of a place are made from; None where the place is empty."""
+    sizes = store.sizes()
+    if not sizes:
+        return None
+    try:
+        return cast(dict[str, Any], json.loads(store.read(PLAN_NAME)))
+    except (NotFoundError, ValueError):
+        raise UsageError(f"{store} holds something else than shards; name another place in data.store.") from None
+
+
 def clear_shards(store: Store) -> None:
-    """Delete shards and what belongs to them, and nothing else."""
+    """Delete shards and what belongs to them, and nothing else.
+
+    Raises:
+        UsageError: the place holds something else.
+    """
+    if _plan_before(store) is None:
+        return
     ours = (PLAN_NAME, MANIFEST_NAME, QUARANTINE_NAME)
     names = list(store.sizes())
     # The plan last: without it the rest could not be told from other files.
@@ -171,10 +185,11 @@ def write_shards(sharding: Sharding, store: Store, progress: Progress | None = N
     store.write(PLAN_NAME, json.dumps(plan, indent=1).encode())
     work = _Work(sharding, store, plan, chunks)
     try:
-        for note in work.notes():
+        for rows in work.write():
             if progress is not None:
-                progress(note, work.total)
+                progress(rows, work.total)
     except RayError as error:
+        work.list_bad()
         raise InsightEditError(f"Preparing {sharding.name} failed: {cause_of(error)}") from error
     return work.finish()
 
@@ -191,7 +206,7 @@ class _Work:
         self._chunks = chunks
         self._written = self._written_before()
 
-    def notes(self) -> Iterator[int]:
+    def write(self) -> Iterator[int]:
         """Write what is missing; yields the number of rows that are written, after each shard."""
         start = self._start()
         self._forget_from(start)
@@ -273,7 +288,7 @@ class _Work:
             InsightEditError: too many rows are bad, or none is good, or the encoders differ.
         """
         good = sum(note.shard.rows for note in self._written)
-        bad, first = self._list_bad()
+        bad, first = self.list_bad()
         if not good or bad > self._sharding.quarantine_limit * (good + bad):
             raise InsightEditError(_refusal(self._sharding, bad, good + bad, first))
         encoders = {note.encoders for note in self._written}
@@ -297,7 +312,7 @@ class _Work:
             self._store.child(folder).delete()
         return manifest
 
-    def _list_bad(self) -> tuple[int, str]:
+    def list_bad(self) -> tuple[int, str]:
         """Write the list of all bad rows; their number, and the first in words."""
         aside = self._store.child(_SET_ASIDE)
         lines: list[str] = []
@@ -312,7 +327,7 @@ class _Work:
 def _refusal(sharding: Sharding, bad: int, rows: int, first: str) -> str:
     return (
         f"{bad} of {rows} rows of {sharding.name} are bad, more than data.quarantine_limit"
-        f" {sharding.quarantine_limit:g} allows; the first is {first}"
+        f" {sharding.quarantine_limit:g} allows; {QUARANTINE_NAME} lists them, and the first is {first}"
     )
 
 

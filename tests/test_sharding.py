@@ -158,8 +158,12 @@ def test_a_chunk_without_good_rows_does_not_stop_a_run_from_going_on(tmp_path: P
 
 def test_a_dataset_of_bad_rows_stops_early(tmp_path: Path) -> None:
     dataset = write_pairs(tmp_path / "data", set(range(1600)))
-    with pytest.raises(InsightEditError, match=r"500 of 500 rows of captions are bad.*the first is pairs\.jsonl:\d+: "):
+    with pytest.raises(
+        InsightEditError,
+        match=r"500 of 500 rows of captions are bad.*quarantine\.jsonl lists.*first is pairs\.jsonl:\d+: ",
+    ):
         write_shards(captions(dataset=dataset, tasks=1), Store.at(tmp_path / "shards"))
+    assert len((tmp_path / "shards" / QUARANTINE_NAME).read_text(encoding="utf-8").splitlines()) >= 500
 
 
 def test_shards_without_their_source_are_used_and_foreign_files_are_left_alone(tmp_path: Path) -> None:
@@ -167,6 +171,8 @@ def test_shards_without_their_source_are_used_and_foreign_files_are_left_alone(t
     sharding = captions(dataset=write_pairs(root, set(), rows=40))
     with pytest.raises(UsageError, match="holds something else than shards"):
         prepared_manifest(sharding, Store.at(root))
+    with pytest.raises(UsageError, match="holds something else than shards"):
+        clear_shards(Store.at(root))
     made = write_shards(sharding, store)
     root.rename(tmp_path / "moved")
     assert prepared_manifest(sharding, store) == made
