@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -25,19 +26,20 @@ from insightedit.platform.config import DatasetConfig, PictureConfig
 from insightedit.platform.datasets import reader_named
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.ingest import TASK_CPUS, Chunk, chunk_dataset, chunks_of, read_chunk
-from insightedit.platform.records import BadRow, to_table
+from insightedit.platform.records import to_table
 from insightedit.platform.shards import MANIFEST_NAME, Shard, ShardManifest, Table, write_shard
 from insightedit.platform.storage import Store
 
 QUARANTINE_NAME = "quarantine.jsonl"
 PLAN_NAME = "PLAN.json"
 _SET_ASIDE = "quarantine"
-"""Folder of what is set aside, a file for each chunk, until the whole list is written."""
+"""Folder of bad rows behind which their chunk has no good one, until the whole list is written."""
 _NOTES = "notes"
 """Folder of the notes on shards, until the manifest is written."""
 _CHUNK, _PLACE, _BEFORE, _LAST, _BAD = "_chunk", "_place", "_before", "_last", "_bad"
-"""Columns that travel with the rows: their chunk; their place in it, and that of the good row before, -1 for the first;
-whether it is the chunk's last good row; and on the first one how many of the chunk's rows are bad."""
+"""Columns that travel with the good rows: their chunk; their place in it, and that of the good row before, -1 for the
+first; whether it is the chunk's last good row; and the bad rows since the one before, for the last also those behind.
+So what a shard says of good and bad rows is of one reading, whatever another reading found."""
 _FINGERPRINT = b"insightedit.encoders"
 
 
@@ -95,8 +97,10 @@ class _Note:
     last: tuple[int, int]
     ends_chunk: bool
     """Whether the last row is the chunk's last good one."""
-    bad: int
-    """Bad rows of the chunks that begin in this shard."""
+    bad: list[dict[str, str]]
+    """Bad rows that its rows carried."""
+    skipped: list[int]
+    """Chunks between its first and its last that had no good row."""
     encoders: str
 
     def to_json(self) -> bytes:
@@ -208,12 +212,10 @@ class _Work:
 
     def write(self) -> Iterator[int]:
         """Write what is missing; yields the number of rows that are written, after each shard."""
-        start = self._start()
-        self._forget_from(start)
+        start = _behind(self._written)
         rows = sum(note.shard.rows for note in self._written)
-        tally = ray.remote(num_cpus=0)(cast(Any, _Tally)).remote(
-            self._sharding.quarantine_limit, self.total, rows, sum(note.bad for note in self._written)
-        )
+        bad = sum(len(note.bad) for note in self._written)
+        tally = ray.remote(num_cpus=0)(cast(Any, _Tally)).remote(self._sharding.quarantine_limit, self.total, rows, bad)
         if start[0] == len(self._chunks):
             return
         for row in self._pipeline(start, tally).iter_rows():
@@ -221,19 +223,6 @@ class _Work:
             self._written.append(note)
             rows += note.shard.rows
             yield rows
-
-    def _start(self) -> tuple[int, int]:
-        """Chunk and place of the first row that is not written."""
-        if not self._written:
-            return 0, 0
-        chunk, place = self._written[-1].last
-        return (chunk + 1, 0) if self._written[-1].ends_chunk else (chunk, place + 1)
-
-    def _forget_from(self, start: tuple[int, int]) -> None:
-        """Delete what was set aside of chunks that are read again as a whole."""
-        aside = self._store.child(_SET_ASIDE)
-        first = start[0] + (start[1] > 0)
-        aside.remove(*(name for name in aside.sizes() if name >= _aside_name(first)))
 
     def _pipeline(self, start: tuple[int, int], tally: Any) -> Dataset:
         """A row about each shard, as they are written, in their order."""
@@ -261,25 +250,39 @@ class _Work:
         for name in notes.sizes():
             note = _Note.from_json(notes.read(name))
             whole = sizes.get(note.shard.file) == note.shard.size
-            if not (whole and note.plan == self._digest and self._follows(note, found[-1] if found else None)):
-                break
-            found.append(note)
+            # Another run may have read other rows there: of two shards that begin alike, one is enough.
+            if whole and note.plan == self._digest and self._bad_between(found, note.first, note.before) is not None:
+                found.append(note)
         return found
 
-    def _follows(self, note: _Note, last: _Note | None) -> bool:
-        """Whether no good row lies between two shards."""
-        chunk = note.first[0]
-        if note.before >= 0:
-            return last is not None and last.last == (chunk, note.before)
-        begins = 0 if last is None else last.last[0] + 1
-        return (last is None or last.ends_chunk) and all(self._is_bad(number) for number in range(begins, chunk))
+    def _bad_between(
+        self, before: Sequence[_Note], first: tuple[int, int], previous: int
+    ) -> list[dict[str, str]] | None:
+        """Bad rows between some shards and a good row behind them that carries none of these; None where good rows are.
 
-    def _is_bad(self, number: int) -> bool:
-        """Whether a chunk has no good row."""
+        Args:
+            before: the shards.
+            first: chunk and place of the good row.
+            previous: place of the chunk's good row before it; -1 where there is none.
+        """
+        chunk, place = _behind(before)
+        if previous >= 0:
+            return [] if (chunk, place) == (first[0], previous + 1) else None
+        bad: list[dict[str, str]] = []
+        for number in range(chunk, first[0]):
+            alone = self._bad_alone(number, place)
+            if alone is None:
+                return None
+            bad += alone
+            place = 0
+        return bad if place == 0 else None
+
+    def _bad_alone(self, chunk: int, begin: int) -> list[dict[str, str]] | None:
+        """The rows of a chunk from a place on, where none of them is good."""
         try:
-            return not json.loads(self._store.child(_SET_ASIDE).read(_aside_name(number)))["good"]
+            return json.loads(self._store.child(_SET_ASIDE).read(_aside_name(chunk, begin)))
         except NotFoundError:
-            return False
+            return None
 
     def finish(self) -> ShardManifest:
         """Put the shards together under a manifest.
@@ -313,15 +316,38 @@ class _Work:
         return manifest
 
     def list_bad(self) -> tuple[int, str]:
-        """Write the list of all bad rows; their number, and the first in words."""
-        aside = self._store.child(_SET_ASIDE)
-        lines: list[str] = []
-        for name in aside.sizes():
-            lines += [json.dumps(row) for _, row in json.loads(aside.read(name))["bad"]]
-        if lines:
-            self._store.write(QUARANTINE_NAME, "".join(f"{line}\n" for line in lines).encode())
-        first = json.loads(lines[0]) if lines else {"key": "-", "detail": "It has no rows at all."}
-        return len(lines), f"{first['key']}: {first['detail']}"
+        """Write the list of all bad rows so far; their number, and the first in words."""
+        rows: list[dict[str, str]] = []
+        for number, note in enumerate(self._written):
+            rows += self._bad_between(self._written[:number], note.first, note.before) or []
+            rows += note.bad
+            for chunk in note.skipped:
+                rows += self._bad_alone(chunk, 0) or []
+        rows += self._bad_behind()
+        if rows:
+            self._store.write(QUARANTINE_NAME, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        first = rows[0] if rows else {"key": "-", "detail": "It has no rows at all."}
+        return len(rows), f"{first['key']}: {first['detail']}"
+
+    def _bad_behind(self) -> list[dict[str, str]]:
+        """Bad rows behind the last shard, as far as they were read."""
+        chunk, place = _behind(self._written)
+        rows: list[dict[str, str]] = []
+        for number in range(chunk, len(self._chunks)):
+            alone = self._bad_alone(number, place)
+            if alone is None:
+                break
+            rows += alone
+            place = 0
+        return rows
+
+
+def _behind(notes: Sequence[_Note]) -> tuple[int, int]:
+    """Chunk and place where the rows behind some shards begin."""
+    if not notes:
+        return 0, 0
+    chunk, place = notes[-1].last
+    return (chunk + 1, 0) if notes[-1].ends_chunk else (chunk, place + 1)
 
 
 def _refusal(sharding: Sharding, bad: int, rows: int, first: str) -> str:
@@ -351,49 +377,38 @@ class _Tally:
 
 
 def _read(chunk: Chunk, *, sharding: Sharding, store: Store, start: tuple[int, int], tally: Any) -> Table:
-    """A chunk's good rows with their places; its bad rows are written down on the way."""
+    """A chunk's good rows, each with its place and the bad ones before it."""
     rows = read_chunk(sharding.dataset, sharding.pictures, chunk, sharding.seed)
     begin = start[1] if chunk.number == start[0] else 0
     good = [(place, record) for place, record in rows.good if place >= begin]
     bad = [(place, row) for place, row in rows.bad if place >= begin]
-    _set_aside(store, chunk.number, begin, len(rows.good), bad)
+    if not good:
+        listed = json.dumps([asdict(row) for _, row in bad])
+        store.child(_SET_ASIDE).write(_aside_name(chunk.number, begin), listed.encode())
     if over := ray.get(tally.add.remote(chunk.number, len(good), len(bad))):
         first = f"{bad[0][1].key}: {bad[0][1].detail}" if bad else "in the list."
         raise InsightEditError(_refusal(sharding, over[0], over[1], first))
     places = np.array([place for place, _ in good], np.int64)
-    before = np.concatenate([[begin - 1], places])[: len(places)]
     ordinals = np.arange(len(places))
+    carriers = np.minimum(np.searchsorted(places, [place for place, _ in bad]), len(places) - 1)
+    carried: list[list[dict[str, str]]] = [[] for _ in good]
+    for carrier, (_, row) in zip(carriers.tolist(), bad if good else (), strict=False):
+        carried[carrier].append(asdict(row))
     columns = {
         _CHUNK: np.full(len(places), chunk.number),
         _PLACE: places,
-        _BEFORE: before,
+        _BEFORE: np.concatenate([[begin - 1], places])[: len(places)],
         _LAST: ordinals == len(places) - 1,
-        _BAD: np.where(ordinals == 0, len(bad), 0),
+        _BAD: np.array([json.dumps(one) for one in carried], np.object_),
     }
     table = to_table([record for _, record in good])
     for name, column in columns.items():
-        table = table.append_column(name, pa.array(column))
+        table = table.append_column(name, pa.array(column, pa.string() if name == _BAD else None))
     return table
 
 
-def _set_aside(store: Store, chunk: int, begin: int, good: int, bad: Sequence[tuple[int, BadRow]]) -> None:
-    """Write down a chunk's bad rows; of rows before the place where a run goes on, what was found then still holds."""
-    aside, name = store.child(_SET_ASIDE), _aside_name(chunk)
-    entries = [(place, asdict(row)) for place, row in bad]
-    if begin:
-        try:
-            known = json.loads(aside.read(name))["bad"]
-        except NotFoundError:
-            known = []
-        entries = [(place, row) for place, row in known if place < begin] + entries
-    if entries:
-        aside.write(name, json.dumps({"good": good, "bad": entries}).encode())
-    else:
-        aside.remove(name)
-
-
-def _aside_name(chunk: int) -> str:
-    return f"chunk-{chunk:08d}.json"
+def _aside_name(chunk: int, begin: int) -> str:
+    return f"chunk-{chunk:08d}-{begin:06d}.json"
 
 
 class _Encode:
@@ -407,22 +422,24 @@ class _Encode:
 
 
 def _write(table: Table, store: Store, plan: str) -> Table:
-    """Write a shard, named by the row it begins with, and a note on it."""
+    """Write a shard, named by the row it begins with and by its content, and a note on it."""
     ends = [table.slice(row, 1).select([_CHUNK, _PLACE, _BEFORE, _LAST]).to_pylist()[0] for row in (0, len(table) - 1)]
     first, last = ends
     metadata = cast(Mapping[bytes, bytes], table.schema.metadata or {})
-    bad = int(np.sum(table.column(_BAD).to_numpy()))
-    name = f"shard-{first[_CHUNK]:08d}-{first[_PLACE]:06d}"
+    bad: list[dict[str, str]] = [row for rows in table.column(_BAD).to_pylist() for row in json.loads(rows)]
     rows = table.drop_columns([_CHUNK, _PLACE, _BEFORE, _LAST, _BAD]).replace_schema_metadata(None)
+    name = f"shard-{first[_CHUNK]:08d}-{first[_PLACE]:06d}"
+    shard = write_shard(rows, store, name)
     note = _Note(
-        shard=write_shard(rows, store, f"{name}.parquet"),
+        shard=shard,
         plan=plan,
         first=(first[_CHUNK], first[_PLACE]),
         before=first[_BEFORE],
         last=(last[_CHUNK], last[_PLACE]),
         ends_chunk=last[_LAST],
         bad=bad,
+        skipped=sorted(set(range(first[_CHUNK], last[_CHUNK])) - set(table.column(_CHUNK).to_pylist())),
         encoders=metadata.get(_FINGERPRINT, b"").decode(),
     )
-    store.child(_NOTES).write(f"{name}.json", note.to_json())
+    store.child(_NOTES).write(f"{Path(shard.file).stem}.json", note.to_json())
     return pa.table({"note": [note.to_json()]})

@@ -201,12 +201,17 @@ def features_of(table: Table) -> dict[str, NDArray[Any]]:
 
 
 def write_shard(table: Table, store: Store, name: str) -> Shard:
-    """Write one shard. Pictures and features are stored as they are: neither gets smaller."""
+    """Write one shard. Pictures and features are stored as they are: neither gets smaller.
+
+    The file's name ends with a part of its sha256: writers of other rows do not write over each other.
+    """
     bulky = {"source", "target", *feature_names(table.schema)}
     texts = [column for column in table.column_names if column not in bulky]
     compression: Any = {column: "none" if column in bulky else "zstd" for column in table.column_names}
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression=compression, use_dictionary=cast(Any, texts), row_group_size=len(table))
     data = sink.getvalue().to_pybytes()
-    store.write(name, data)
-    return Shard(name, len(table), len(data), hashlib.sha256(data).hexdigest())
+    digest = hashlib.sha256(data).hexdigest()
+    file = f"{name}-{digest[:8]}.parquet"
+    store.write(file, data)
+    return Shard(file, len(table), len(data), digest)

@@ -111,7 +111,7 @@ def test_micro_batches_divide_the_share() -> None:
 def test_features_come_back_as_they_were(tmp_path: Path) -> None:
     arrays = toy.toy_arrays(10, 0)
     table = add_features(pa.table({"key": [str(row) for row in range(10)]}), arrays)
-    toy.write_manifest(tmp_path, (write_shard(table, Store.at(tmp_path), "shard.parquet"),))
+    toy.write_manifest(tmp_path, (write_shard(table, Store.at(tmp_path), "shard"),))
     read = PreparedData.open(tmp_path).read(0)
     order = pa.array([3, 1, 1, 9])
     for rows, expected in ((read, slice(None)), (read.take(order), [3, 1, 1, 9]), (read.slice(4, 3), slice(4, 7))):
@@ -122,11 +122,11 @@ def test_features_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_damaged_shards_are_refused(tmp_path: Path) -> None:
     folder = toy.prepare_toy(tmp_path / "damaged")
-    path = folder / "shard-00001.parquet"
+    path = next(folder.glob("shard-00001-*.parquet"))
     whole = path.read_bytes()
     for place in range(0, len(whole), 97):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        with pytest.raises(InsightEditError, match=r"shard-00001\.parquet differs from its manifest"):
+        with pytest.raises(InsightEditError, match=r"shard-00001-\w+\.parquet differs from its manifest"):
             PreparedData.open(folder).read(1)
     path.write_bytes(whole[:-1])
     with pytest.raises(InsightEditError, match=r"shard-00001.* is missing or torn"):

@@ -149,7 +149,7 @@ def prepare_toy(folder: Path, shards: tuple[int, ...] = (24, 24, 16), weight: fl
     for number, rows in enumerate(shards):
         table = pa.table({"key": [f"{folder.name}-{number}-{row}" for row in range(rows)]})
         table = add_features(table, toy_arrays(rows, number + 100 * len(folder.name), weight))
-        written.append(write_shard(table, Store.at(folder), f"shard-{number:05d}.parquet"))
+        written.append(write_shard(table, Store.at(folder), f"shard-{number:05d}"))
     write_manifest(folder, tuple(written))
     return folder
 
