@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import ray.data
 from PIL import Image
-from ray.data import Dataset, Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
+from ray.data import Dataset
 
+from insightedit.platform.blocks import ordered_blocks
 from insightedit.platform.config import DatasetConfig, PictureConfig
 from insightedit.platform.datasets import Entry, reader_named
+from insightedit.platform.datasets.reading import attempt
 from insightedit.platform.records import BadRow, BadRowError, Record, open_image
 from insightedit.platform.shards import Table
 
@@ -71,7 +69,8 @@ def chunks_of(dataset: DatasetConfig, seed: int) -> list[Chunk]:
 def read_chunk(dataset: DatasetConfig, pictures: PictureConfig, chunk: Chunk, seed: int) -> ReadRows:
     """Read a chunk's records, check them and bring their pictures into form; rows of files are shuffled by the seed."""
     reader = reader_named(dataset.reader)
-    rows = [_checked(row, pictures) for entry in chunk.entries for row in reader.read(dataset.options, entry)]
+    found = (row for entry in chunk.entries for row in reader.read(dataset.options, entry))
+    rows = [row if isinstance(row, BadRow) else attempt(row.key, checked_record, row, pictures) for row in found]
     # Good and bad rows together: no row's place depends on whether another one is bad.
     order = np.random.default_rng((seed, chunk.number)).permutation(len(rows)).tolist()
     placed = [(place, rows[number]) for place, number in enumerate(order)]
@@ -79,15 +78,6 @@ def read_chunk(dataset: DatasetConfig, pictures: PictureConfig, chunk: Chunk, se
         [(place, row) for place, row in placed if isinstance(row, Record)],
         [(place, row) for place, row in placed if isinstance(row, BadRow)],
     )
-
-
-def _checked(row: Record | BadRow, pictures: PictureConfig) -> Record | BadRow:
-    if isinstance(row, BadRow):
-        return row
-    try:
-        return checked_record(row, pictures)
-    except BadRowError as error:
-        return BadRow(row.key, error.reason, str(error))
 
 
 def checked_record(record: Record, pictures: PictureConfig) -> Record:
@@ -131,41 +121,7 @@ def _formed(data: bytes, pictures: PictureConfig) -> tuple[bytes, tuple[int, int
     return buffer.getvalue(), size
 
 
-class _ChunkSource(Datasource):
-    """Tables made of chunks, one task each."""
-
-    def __init__(self, name: str, chunks: Sequence[Chunk], make_table: MakeTable) -> None:
-        super().__init__()
-        self._name = name
-        self._chunks = chunks
-        self._make_table = make_table
-
-    def get_name(self) -> str:
-        return self._name
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(functools.partial(_one_table, self._make_table, chunk), metadata) for chunk in self._chunks]
-
-
-def _one_table(make_table: MakeTable, chunk: Chunk) -> Iterator[Any]:
-    yield make_table(chunk)
-
-
 def chunk_dataset(name: str, chunks: Sequence[Chunk], make_table: MakeTable, tasks: int) -> Dataset:
     """Tables of chunks in their order, each whole, made by a picklable function of the chunk."""
-    dataset = ray.data.read_datasource(
-        _ChunkSource(name, chunks, make_table),
-        override_num_blocks=len(chunks),
-        concurrency=min(tasks, len(chunks)),
-        num_cpus=TASK_CPUS,
-    )
-    context = dataset.context
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = None
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    return dataset
+    makers = [functools.partial(make_table, chunk) for chunk in chunks]
+    return ordered_blocks(name, makers, tasks=tasks, cpus=TASK_CPUS)

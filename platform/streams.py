@@ -20,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
-from ray.data import ActorPoolStrategy, DataIterator, Dataset, Datasource
+from ray.data import ActorPoolStrategy, DataIterator, Dataset
 from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data.block import BlockAccessor, BlockMetadata
-from ray.data.datasource import ReadTask
+from ray.data.block import BlockAccessor
 from ray.train import DataConfig
 
+from insightedit.platform.blocks import ordered_blocks
 from insightedit.platform.mixtures import Mixture, step_positions
 from insightedit.platform.shards import PreparedData, ShardCache, Table
 from insightedit.platform.storage import Store
@@ -126,35 +126,10 @@ def _gathered(
     return together.take(pa.array(np.argsort(order))).combine_chunks()
 
 
-class _BlockSource(Datasource):
-    """A stage's blocks from a step on, one task each."""
-
-    def __init__(self, stream: StageStream, start_step: int, world: int) -> None:
-        super().__init__()
-        firsts = range(start_step, stream.steps, stream.steps_per_block)
-        self.blocks = [(first, rank) for first in firsts for rank in range(world)]
-        self._stream = stream
-        self._world = world
-
-    def get_name(self) -> str:
-        return f"Stage{self._stream.stage}"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
-        rows = self._stream.steps_per_block * self._stream.global_batch // self._world
-        metadata = BlockMetadata(num_rows=rows, size_bytes=None, input_files=None, exec_stats=None)
-        return [
-            ReadTask(functools.partial(_read_block, self._stream, first, rank, self._world), metadata)
-            for first, rank in self.blocks
-        ]
-
-
-def _read_block(stream: StageStream, first_step: int, rank: int, world: int) -> list[Any]:
+def _read_block(stream: StageStream, first_step: int, rank: int, world: int) -> Table:
     if stream.make_encoder is not None:
-        return [stream.rows(first_step, rank, world)]
-    return [_block(stream.block(first_step, rank, world))]
+        return stream.rows(first_step, rank, world)
+    return _block(stream.block(first_step, rank, world))
 
 
 def _block(arrays: Arrays) -> Any:
@@ -188,10 +163,11 @@ class _Unhurried(ExecutionCallback):
 
 def stream_dataset(stream: StageStream, start_step: int, world: int) -> Dataset:
     """The stage's samples from a step on, blocks of the ranks in turn."""
-    source = _BlockSource(stream, start_step, world)
-    dataset = ray.data.read_datasource(
-        source, override_num_blocks=len(source.blocks), concurrency=stream.tasks, num_cpus=stream.cpus
-    )
+    firsts = range(start_step, stream.steps, stream.steps_per_block)
+    makers = [functools.partial(_read_block, stream, first, rank, world) for first in firsts for rank in range(world)]
+    rows = stream.steps_per_block * stream.global_batch // world
+    # Order makes the split exact.
+    dataset = ordered_blocks(f"Stage{stream.stage}", makers, tasks=stream.tasks, cpus=stream.cpus, rows=rows)
     if stream.make_encoder is not None:
         dataset = dataset.map_batches(
             cast(Any, _EncodeAndCollate),
@@ -203,12 +179,7 @@ def stream_dataset(stream: StageStream, start_step: int, world: int) -> Dataset:
             num_gpus=stream.encoder_gpus,
         )
     dataset.set_name(f"stage-{stream.stage}")
-    # Order makes the split exact. A block must stay whole, whatever its size.
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.target_max_block_size = None
     dataset.context.custom_execution_callback_classes = [_Unhurried]
-    dataset.context.enable_progress_bars = False
-    dataset.context.print_on_execution_start = False
     return dataset
 
 

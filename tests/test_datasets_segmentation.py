@@ -12,6 +12,7 @@ import pycocotools.mask as coco_mask
 import pytest
 from PIL import Image, ImageDraw
 
+from insightedit.platform.datasets.reading import attempt
 from insightedit.platform.datasets.segmentation import (
     ADVANCED_WORDINGS,
     BEARERS,
@@ -19,7 +20,6 @@ from insightedit.platform.datasets.segmentation import (
     SIMPLE_WORDINGS,
     SegmentationOptions,
     Wish,
-    attempt,
     by_id,
     find_folder,
     instance_mask,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final, Literal, cast
 from insightedit.platform.datasets.reading import (
     Entry,
     as_mapping,
+    attempt,
     fingerprint_of,
     load_json,
     parse_options,
@@ -21,7 +22,6 @@ from insightedit.platform.datasets.reading import (
 )
 from insightedit.platform.datasets.segmentation import (
     SegmentationOptions,
-    attempt,
     by_id,
     find_folder,
     listed,

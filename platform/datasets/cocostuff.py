@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from insightedit.platform.datasets.reading import Entry, fingerprint_of, parse_options, read_file
+from insightedit.platform.datasets.reading import Entry, attempt, fingerprint_of, parse_options, read_file
 from insightedit.platform.datasets.segmentation import (
     SegmentationOptions,
-    attempt,
     check_size,
     make_wish,
     paint,

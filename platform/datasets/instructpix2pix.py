@@ -13,6 +13,7 @@ from insightedit.platform.datasets.reading import (
     Entry,
     FolderOptions,
     as_mapping,
+    attempt,
     fingerprint_of,
     load_json,
     parse_options,
@@ -65,9 +66,10 @@ class InstructPix2PixReader:
         root = parse_options(InstructPix2PixOptions, self.name, options).root
         if isinstance(entry.place, RowGroup):
             for row in read_rows(root, entry.place, _COLUMNS):
-                yield row if isinstance(row, BadRow) else _row_record(row, root)
+                yield row if isinstance(row, BadRow) else attempt(row.key, _row_record, row, root)
         else:
-            yield _pair_record(entry.place, root)
+            key = f"{entry.place.folder}/{entry.place.seed}"
+            yield attempt(key, _pair_record, key, entry.place.folder, root)
 
     def fingerprint(self, options: Mapping[str, object]) -> str:
         """Return a sha256 that changes when the records do; pictures and parquet files are known by name and size."""
@@ -121,38 +123,31 @@ def _files_of_folders(root: Path, folders: set[str]) -> list[Path]:
     return files
 
 
-def _row_record(row: Row, root: Path) -> Record | BadRow:
-    """The record of a parquet file's row, or why there is none."""
-    try:
-        return Record(
-            key=row.key,
-            dataset=InstructPix2PixReader.name,
-            task="edit",
-            source=image_bytes(row.values["original_image"], root),
-            target=image_bytes(row.values["edited_image"], root),
-            instruction=text_field(row.values, "edit_prompt", "empty_instruction"),
-            meta=_captions(row.values["original_prompt"], row.values["edited_prompt"]),
-        )
-    except BadRowError as error:
-        return BadRow(row.key, error.reason, str(error))
+def _row_record(row: Row, root: Path) -> Record:
+    """The record of a parquet file's row."""
+    return Record(
+        key=row.key,
+        dataset=InstructPix2PixReader.name,
+        task="edit",
+        source=image_bytes(row.values["original_image"], root),
+        target=image_bytes(row.values["edited_image"], root),
+        instruction=text_field(row.values, "edit_prompt", "empty_instruction"),
+        meta=_captions(row.values["original_prompt"], row.values["edited_prompt"]),
+    )
 
 
-def _pair_record(pair: Pair, root: Path) -> Record | BadRow:
-    """The record of a pair of pictures, or why there is none."""
-    key = f"{pair.folder}/{pair.seed}"
-    try:
-        prompt = _prompt(root, pair.folder)
-        return Record(
-            key=key,
-            dataset=InstructPix2PixReader.name,
-            task="edit",
-            source=read_file(root, f"{key}_0.jpg"),
-            target=read_file(root, f"{key}_1.jpg"),
-            instruction=text_field(prompt, "edit", "empty_instruction"),
-            meta=_captions(prompt.get("input", prompt.get("caption")), prompt.get("output")),
-        )
-    except BadRowError as error:
-        return BadRow(key, error.reason, str(error))
+def _pair_record(key: str, folder: str, root: Path) -> Record:
+    """The record of a pair of pictures."""
+    prompt = _prompt(root, folder)
+    return Record(
+        key=key,
+        dataset=InstructPix2PixReader.name,
+        task="edit",
+        source=read_file(root, f"{key}_0.jpg"),
+        target=read_file(root, f"{key}_1.jpg"),
+        instruction=text_field(prompt, "edit", "empty_instruction"),
+        meta=_captions(prompt.get("input", prompt.get("caption")), prompt.get("output")),
+    )
 
 
 def _prompt(root: Path, folder: str) -> Mapping[str, Any]:

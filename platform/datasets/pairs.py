@@ -20,6 +20,7 @@ from insightedit.platform.datasets.reading import (
     Entry,
     FolderOptions,
     as_mapping,
+    attempt,
     fingerprint_of,
     parse_options,
     read_file,
@@ -140,13 +141,7 @@ class PairsReader:
         part: Part = entry.place
         folder = (parsed.root / part.file).parent
         for row in _rows(parsed.root, part):
-            if isinstance(row, BadRow):
-                yield row
-                continue
-            try:
-                yield _record(row, part.roles, folder)
-            except BadRowError as error:
-                yield BadRow(row.key, error.reason, str(error))
+            yield row if isinstance(row, BadRow) else attempt(row.key, _record, row, part.roles, folder)
 
     def fingerprint(self, options: Mapping[str, object]) -> str:
         """Return a sha256 that changes when the records do."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast
+from typing import Annotated, Any, ClassVar, ParamSpec, Protocol, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -74,6 +74,8 @@ class FolderOptions(Options):
     """The dataset's folder."""
 
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
@@ -100,6 +102,14 @@ def records_of(reader: Reader, options: Mapping[str, object]) -> Iterator[Record
     """Read a whole dataset, entry by entry."""
     for entry in reader.entries(options):
         yield from reader.read(options, entry)
+
+
+def attempt(key: str, make: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | BadRow:
+    """Call a function; what it raises as `BadRowError` becomes a bad row."""
+    try:
+        return make(*args, **kwargs)
+    except BadRowError as error:
+        return BadRow(key, error.reason, str(error))
 
 
 def read_file(root: Path, name: str) -> bytes:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from insightedit.platform.datasets.reading import (
     Entry,
     as_mapping,
+    attempt,
     fingerprint_of,
     parse_options,
     read_file,
@@ -22,7 +23,6 @@ from insightedit.platform.datasets.reading import (
 from insightedit.platform.datasets.segmentation import (
     SegmentationOptions,
     Wish,
-    attempt,
     find_folder,
     make_wish,
     paint,

@@ -14,6 +14,7 @@ from pydantic import Field
 from insightedit.platform.datasets.reading import (
     Entry,
     as_mapping,
+    attempt,
     fingerprint_of,
     load_json,
     parse_options,
@@ -22,7 +23,6 @@ from insightedit.platform.datasets.reading import (
 )
 from insightedit.platform.datasets.segmentation import (
     SegmentationOptions,
-    attempt,
     by_id,
     find_folder,
     listed,

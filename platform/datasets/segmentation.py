@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -21,7 +21,7 @@ from pydantic import Field
 
 from insightedit.platform.datasets.reading import FolderOptions, as_mapping
 from insightedit.platform.errors import NotFoundError, UsageError
-from insightedit.platform.records import BadRow, BadRowError, Record, decode_image, encode_png
+from insightedit.platform.records import BadRowError, Record, decode_image, encode_png
 
 Wording = Literal["simple", "advanced", "mixed"]
 
@@ -74,8 +74,6 @@ ADVANCED_WORDINGS: Final = (
 """Here `{color}` is the colour of something, and which one is left to the reader."""
 
 _LONGEST_RUN_BITS: Final = 35
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 class SegmentationOptions(FolderOptions):
@@ -144,14 +142,6 @@ def segment_record(
         category=category,
         meta=json.dumps(details),
     )
-
-
-def attempt(key: str, make: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | BadRow:
-    """Call a function; what it raises as `BadRowError` becomes a bad row."""
-    try:
-        return make(*args, **kwargs)
-    except BadRowError as error:
-        return BadRow(key, error.reason, str(error))
 
 
 def paint(pixels: NDArray[np.uint8], mask: NDArray[np.bool_], colour: str) -> bytes:
