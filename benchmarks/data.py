@@ -137,7 +137,7 @@ def stream_of(store: Store, rows: int) -> StageStream:
         stage=1,
         steps=rows // BATCH,
         global_batch=BATCH,
-        steps_per_block=4,
+        steps_per_block=8,
         shuffle_shards=4,
         tasks=CORES + 1,
         cpus=0.5,
