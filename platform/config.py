@@ -141,6 +141,28 @@ class CheckpointsConfig(_Settings):
     """What is kept of a running stage."""
 
     keep: Count = 2
+    """The newest ones."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """Those with the lowest `best_by`, besides the newest."""
+    best_by: str | None = None
+    """A loss, by its name in the seed, as the last point of its curve was."""
+    store: str | None = None
+    """A folder or a URI such as `s3://bucket/folder`; each stage's own folder in the run's if None."""
+    upload: Literal["background", "wait"] = "background"
+    """Whether training goes on while a checkpoint is written."""
+    retry_seconds: Annotated[float, Field(ge=0)] = 600.0
+    """How long a storage may fail before training does."""
+    scratch: str | None = None
+    """A folder on each worker's own disk for what comes from or goes to an object store; the system's if None."""
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> CheckpointsConfig:
+        losses = sorted({name for stage in STAGES.values() for name in stage.losses})
+        if self.best_by is not None and self.best_by not in losses:
+            raise ValueError(f"best_by names {self.best_by!r}; the losses are {', '.join(losses)}")
+        if self.keep_best and self.best_by is None:
+            raise ValueError("keep_best needs best_by, the name of a loss")
+        return self
 
 
 class EvaluationConfig(_Settings):

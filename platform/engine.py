@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import random
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +15,7 @@ import deepspeed
 import deepspeed.ops
 import numpy as np
 import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor, nn
 
 from insightedit.model.losses import LossTerm
@@ -180,14 +183,63 @@ def gathered_weights(model: nn.Module, rank: int) -> dict[str, Tensor]:
     return weights
 
 
-def save_state(engine: Any, folder: Path, rank: int) -> None:
-    """Write this rank's part of weights, optimiser and random states. Every rank must call this."""
-    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
-    torch.save(_random_state(), folder / f"random-{rank}.pt")
+class _Snapshot(TorchCheckpointEngine):
+    """Takes what DeepSpeed wants to write, so that it can be written while training goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[str, Any] = {}
+        """By the path that each was meant for."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing: folders are made when the states are written."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Keep a copy in this machine's memory, untouched by the steps that follow."""
+        memo: dict[int, Any] = {}
+        _copy_tensors(state_dict, memo)
+        self.states[path] = copy.deepcopy(state_dict, memo)
+
+
+def _copy_tensors(item: object, memo: dict[int, Any]) -> None:
+    """Add to `copy.deepcopy`'s memo a copy on the CPU of every tensor in nested containers."""
+    if isinstance(item, Tensor):
+        memo[id(item)] = item.detach().to("cpu", copy=True)
+    elif isinstance(item, Mapping):
+        for value in cast(Mapping[Any, Any], item).values():
+            _copy_tensors(value, memo)
+    elif isinstance(item, (list, tuple)):
+        for value in cast(Sequence[Any], item):
+            _copy_tensors(value, memo)
+
+
+def snapshot_state(engine: Any, rank: int) -> Callable[[Path], None]:
+    """Copy this rank's part of weights, optimiser and random states into memory. Every rank must call this.
+
+    Returns:
+        Writes the copy into an empty folder, at any time and from any thread.
+    """
+    snapshot, own = _Snapshot(), engine.checkpoint_engine
+    engine.checkpoint_engine = snapshot
+    try:
+        # The folder is only named: what DeepSpeed itself leaves there is scripts.
+        with tempfile.TemporaryDirectory() as scratch:
+            engine.save_checkpoint(scratch, tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+    finally:
+        engine.checkpoint_engine = own
+    states = {str(Path(path).relative_to(scratch)): state for path, state in snapshot.states.items()}
+    states[f"random-{rank}.pt"] = _random_state()
+
+    def write(folder: Path) -> None:
+        for name, state in states.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, folder / name)
+
+    return write
 
 
 def load_state(engine: Any, folder: Path, rank: int) -> None:
-    """Restore what `save_state` wrote, from a folder that was verified.
+    """Restore what `snapshot_state` took, from a folder that was verified.
 
     Raises:
         InsightEditError: it lacks a parameter that trains, or has one that the model does not.

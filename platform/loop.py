@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,11 +75,6 @@ class Curve:
     samples: float = 0.0
     seconds: float = 0.0
     waited: float = 0.0
-
-    @classmethod
-    def read(cls, path: Path) -> Curve:
-        """The curve of a stage that goes on, or an empty one."""
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls()
 
     def add(self, point: Point) -> None:
         """Add a point."""

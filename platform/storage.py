@@ -7,19 +7,34 @@ store puts objects whole.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import shutil
+import threading
+import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 
 _TEMPORARY = ".tmp-"
+_CHUNK_BYTES = 8 << 20
+_FIRST_DELAY = 0.5
+_LONGEST_DELAY = 30.0
+"""Seconds before a failing storage is tried again."""
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class StorageError(InsightEditError):
+    """A storage does not do what it is asked to; it may later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +105,34 @@ class Store:
             with system.open_output_stream(f"{root}/{name}") as file:
                 file.write(data)
 
+    def take(self, path: Path, name: str) -> None:
+        """Move a local file into the folder, whole or not at all; one on the same disk is renamed.
+
+        Raises:
+            InsightEditError: the storage failed.
+        """
+        system, root = _opened(self.uri)
+        with self._failing(name):
+            if self.path is not None:
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+                path.replace(self.path / name)
+                return
+            with path.open("rb") as source, system.open_output_stream(f"{root}/{name}") as file:
+                shutil.copyfileobj(source, file, _CHUNK_BYTES)
+        path.unlink()
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file of the folder to a local path.
+
+        Raises:
+            NotFoundError: there is none.
+            InsightEditError: the storage failed.
+        """
+        system, root = _opened(self.uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._failing(name), system.open_input_stream(f"{root}/{name}") as source, path.open("wb") as file:
+            shutil.copyfileobj(source, file, _CHUNK_BYTES)
+
     def sizes(self) -> dict[str, int]:
         """Bytes of every file below the folder, by its name from there; empty where there is no folder."""
         system, root = _opened(self.uri)
@@ -121,7 +164,33 @@ class Store:
         except FileNotFoundError:
             raise NotFoundError(f"There is no {where}.") from None
         except OSError as error:
-            raise InsightEditError(f"{where} cannot be reached: {error}; check the storage and its access.") from error
+            raise StorageError(f"{where} cannot be reached: {error}; check the storage and its access.") from error
+
+
+def retried(action: Callable[[], T], seconds: float, stop: threading.Event | None = None) -> T:
+    """What an action on a storage gives, tried again while the storage fails.
+
+    Args:
+        action: may be done twice.
+        seconds: how long a failing storage is waited for.
+        stop: ends the waiting early when it is set.
+
+    Raises:
+        NotFoundError: a file is not there; a storage that says so does not fail.
+        StorageError: the storage failed for so long.
+    """
+    stop = stop or threading.Event()
+    began, delay = time.monotonic(), _FIRST_DELAY
+    while True:
+        try:
+            return action()
+        except (StorageError, OSError) as error:
+            waited = time.monotonic() - began
+            if stop.is_set() or waited + delay > seconds:
+                raise StorageError(f"Storage failed for {waited:.0f} s: {error}") from error
+            log.warning("Storage fails, trying again in %.1f s: %s", delay, error)
+        stop.wait(delay)
+        delay = min(2 * delay, _LONGEST_DELAY)
 
 
 def _write_file(path: Path, data: bytes | memoryview) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,9 +24,10 @@ from insightedit.platform.checkpoints import (
     Checkpoint,
     CheckpointInfo,
     CheckpointStore,
+    Found,
+    Retention,
     checkpoint_key,
-    file_names,
-    hash_files,
+    run_key,
 )
 from insightedit.platform.config import StageConfig
 from insightedit.platform.engine import (
@@ -33,13 +35,15 @@ from insightedit.platform.engine import (
     gathered_weights,
     load_state,
     parameter_shape,
-    save_state,
+    snapshot_state,
     start_engine,
     trained_parameters,
 )
 from insightedit.platform.errors import UsageError
 from insightedit.platform.loop import Curve, Layout, Point, StageLoop
 from insightedit.platform.mixtures import micro_batch_size
+from insightedit.platform.saving import CheckpointSaver
+from insightedit.platform.storage import Store
 from insightedit.platform.streams import write_start
 from insightedit.platform.tracking import StageTracker
 from insightedit.platform.trainer import (
@@ -53,7 +57,6 @@ from insightedit.platform.trainer import (
     write_json,
 )
 
-CURVE_NAME = "curve.json"
 _PREFETCH = 4
 """Micro-batches that are fetched ahead."""
 
@@ -81,17 +84,18 @@ class StageWorker:
         self.names = loss_names(number)
         self.layout = _layout(self.config)
         self.fingerprint = plan.fingerprint(number)
-        folder = plan.stage_folder(number)
-        self.store = CheckpointStore(
-            folder / "checkpoints", checkpoint_key(plan.workdir.root), plan.config.checkpoints.keep
+        self.store = checkpoint_store(plan, number)
+        self.saver = CheckpointSaver(
+            self.store, self.layout.rank, self.layout.world, wait=plan.config.checkpoints.upload == "wait"
         )
         self.checkpoint = self._newest_checkpoint()
         self.start = self.checkpoint.info.step if self.checkpoint else 0
+        self.progress = self.checkpoint.progress() if self.checkpoint else {}
         # The stream's processes start up while the model is built.
         self.arrays = _begun(self._arrays())
         self.model = self._build()
         self.engine = self._engine()
-        self.curve = Curve.read(folder / CURVE_NAME) if self.checkpoint else Curve()
+        self.curve = Curve(**self.progress["curve"]) if self.progress else Curve()
         self.tracker = StageTracker(plan.tracking, number) if plan.tracking and self._is_first else None
 
     @property
@@ -100,17 +104,19 @@ class StageWorker:
 
     def run(self) -> None:
         """Train the stage to its end."""
-        with self._tracked():
+        with self._tracked(), self._saving():
             loop = StageLoop(self.engine, self.config, self.names, self.layout, self.arrays, self._count)
             for step in range(self.start, self.config.steps):
                 loop.step(step)
                 self._after(loop, step + 1)
+            self.saver.finish()
             self._finish()
         self.engine.destroy()
 
     def _after(self, loop: StageLoop, step: int) -> None:
         """What is due after a number of steps."""
         config, last = self.config, step == self.config.steps
+        self.saver.check()
         if last or step % config.log_every == 0:
             self._log(loop.point(step))
         if not last and step % config.checkpoint_every == 0:
@@ -121,12 +127,13 @@ class StageWorker:
     # -- beginning ----------------------------------------------------------------------------------------------
 
     def _newest_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to go on from, the same on every rank."""
-        found: list[Checkpoint | None] = [None]
+        """The checkpoint to go on from, the same on every rank, on each one's machine."""
+        found = [Found(None)]
         if self._is_first:
             self.store.clean()
             found[0] = self.store.newest()
-        return _from_first(found)
+        checkpoint = _from_first(found).checkpoint
+        return checkpoint if checkpoint is None or self._is_first else self.store.copy_of(checkpoint)
 
     def _arrays(self) -> Iterator[Mapping[str, Any]]:
         """This rank's micro-batches from the first step on."""
@@ -167,6 +174,8 @@ class StageWorker:
         if self.checkpoint is not None:
             check_resumable(self.checkpoint.info, self._info(self.start), self.plan.name)
             load_state(engine, self.checkpoint.folder, layout.rank)
+            dist.barrier()
+            self.store.release()
         return engine
 
     def _count(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -193,19 +202,15 @@ class StageWorker:
             )
 
     def _save(self, step: int) -> None:
-        """Write a checkpoint with all ranks."""
-        created = [str(self.store.temporary())] if self._is_first else [""]
-        folder = self.store.folder / _from_first(created).rsplit("/", 1)[-1]
-        save_state(self.engine, folder, self.layout.rank)
-        dist.barrier()
-        # Every rank hashes its share of the files, so that sealing takes no longer with more of them.
-        names = file_names(folder)[self.layout.rank :: self.layout.world]
-        hashed = _gathered(hash_files(folder, names))
-        if self._is_first:
-            write_json(self.plan.stage_folder(self.number) / CURVE_NAME, asdict(self.curve))
-            self.store.commit(
-                folder, self._info(step), {name: entry for part in hashed for name, entry in part.items()}
-            )
+        """Begin a checkpoint with all ranks."""
+        name = _from_first([self.store.new_name(step) if self._is_first else ""])
+        self.saver.save(
+            name,
+            self._info(step),
+            lambda: snapshot_state(self.engine, self.layout.rank),
+            losses=self.curve.last,
+            progress={"curve": asdict(self.curve)},
+        )
 
     def _info(self, step: int) -> CheckpointInfo:
         """What a checkpoint of this stage is of."""
@@ -249,6 +254,15 @@ class StageWorker:
         dist.barrier()
 
     @contextmanager
+    def _saving(self) -> Generator[None]:
+        """End the thread that writes checkpoints in any case."""
+        try:
+            yield
+        except BaseException:
+            self.saver.abandon()
+            raise
+
+    @contextmanager
     def _tracked(self) -> Generator[None]:
         """End the stage's run in MLflow in any case."""
         if self.tracker is None:
@@ -260,6 +274,22 @@ class StageWorker:
             self.tracker.close("FAILED")
             raise
         self.tracker.close("FINISHED")
+
+
+def checkpoint_store(plan: TrainingPlan, number: int) -> CheckpointStore:
+    """Where a stage's checkpoints are."""
+    config = plan.config.checkpoints
+    if config.store is None:
+        place = Store.at(plan.stage_folder(number) / "checkpoints")
+    else:
+        place = Store.at(config.store).child(plan.name).child(f"stage-{number}")
+    return CheckpointStore(
+        place,
+        run_key(checkpoint_key(plan.workdir.root), plan.name, number),
+        Retention(keep=config.keep, keep_best=config.keep_best, best_by=config.best_by),
+        scratch=Path(config.scratch) if config.scratch else None,
+        retry_seconds=config.retry_seconds,
+    )
 
 
 def check_resumable(found: CheckpointInfo, own: CheckpointInfo, run: str) -> None:
@@ -312,10 +342,3 @@ def _from_first(value: list[T]) -> T:
     """What rank 0 has, on every rank."""
     dist.broadcast_object_list(value, src=0)
     return value[0]
-
-
-def _gathered(value: T) -> list[T]:
-    """What every rank has, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
