@@ -182,7 +182,7 @@ class CheckpointStore:
         """
         own = self._own_folder(name, rank)
         self._patient(lambda: _written_anew(own, write))
-        files = self._patient(lambda: hash_files(own))
+        files = {file: self._patient(partial(_hashed, own / file)) for file in _plain_files(own)}
         working = self._working(name)
         for file in files:
             self._patient(partial(working.take, own / file, file))
@@ -464,15 +464,11 @@ def progress_name(rank: int) -> str:
     return f"progress-{rank}.json"
 
 
-def hash_files(folder: Path) -> dict[str, FileEntry]:
-    """Size and sha256 of the files below a folder by relative path, each on the disk when this returns."""
-    entries: dict[str, FileEntry] = {}
-    for name, size in _plain_files(folder).items():
-        path = folder / name
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        entries[name] = FileEntry(size, sha256_file(path))
-    return entries
+def _hashed(path: Path) -> FileEntry:
+    """Size and sha256 of a file that is on the disk when this returns."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return FileEntry(path.stat().st_size, sha256_file(path))
 
 
 def _plain_files(folder: Path) -> dict[str, int]:

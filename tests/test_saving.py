@@ -354,7 +354,7 @@ def test_a_failing_disk_is_tried_again(
         original = getattr(owner, name)
 
         def flaky(*args: Any, original: Any = original, **kwargs: Any) -> Any:
-            if chance.random() < 0.3:
+            if chance.random() < 0.25:
                 failures.append(str(original))
                 raise OSError("stale file handle")
             return original(*args, **kwargs)
