@@ -39,8 +39,8 @@ format: $(INSTALLED)  ## Put the code into ruff's form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# benchmarks/NAME.py prints its figures and writes out/NAME.json; NAME_peers.py is a part of it.
-BENCHMARKS := $(filter-out %_peers.py,$(sort $(wildcard benchmarks/*.py)))
+# benchmarks/NAME.py prints its figures and writes out/NAME.json; NAME_peers.py is a part of it, figures.py of all.
+BENCHMARKS := $(filter-out %_peers.py benchmarks/figures.py,$(sort $(wildcard benchmarks/*.py)))
 bench: $(patsubst benchmarks/%.py,bench-%,$(BENCHMARKS))  ## Every benchmark
 
 bench-%: $(INSTALLED)  ## One benchmark, benchmarks/%.py

@@ -10,8 +10,6 @@ import argparse
 import concurrent.futures
 import functools
 import io
-import json
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from figures import Row, report, row
 from PIL import Image, ImageFilter
 
 from insightedit.platform.cluster import connected
@@ -35,11 +34,11 @@ from insightedit.platform.streams import Arrays, StageStream, stream_dataset
 
 SIDE, FULL, BATCH, CORES = 256, 512, 64, 2
 ROWS_PER_GROUP = 100
-OUT = Path("out/data.json")
+PEERS = ("dataloader", "dataloader_draft", "hf_datasets", "mosaic_streaming")
 
 
 def main() -> None:
-    """Make the pictures, time every loader in turn, print the figures as JSON."""
+    """Make the pictures, time every loader in turn, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="Where the pictures and shards go.")
     parser.add_argument("--peers", type=Path, help="Python of the environment that has the peers.")
@@ -57,7 +56,7 @@ def main() -> None:
     if arguments.peers:
         folder = str(arguments.folder)
         run_peer(arguments.peers, "prepare", folder)
-        for name in ("dataloader", "dataloader_draft", "hf_datasets", "mosaicml_streaming"):
+        for name in PEERS:
             loaders[name] = functools.partial(peer, arguments.peers, name, folder)
     with connected(cpus=8):
         ours(store, BATCH * 8)
@@ -66,14 +65,10 @@ def main() -> None:
             for name, load in loaders.items():
                 rates[name].append(load())
                 print(f"{name}: {rates[name][-1]:.0f} pictures/s", flush=True)
-        memory = watch_memory(store, arguments.rows) if arguments.rows else None
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    ratios = {f"vs_{name}": round(medians["ours"] / rate, 3) for name, rate in medians.items() if name != "ours"}
-    rounded = {name: round(rate, 1) for name, rate in medians.items()}
-    report = json.dumps({"pictures_per_second": rounded, **ratios, "memory": memory}, indent=1)
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(report + "\n", encoding="utf-8")
-    print(report)
+        memory = watch_memory(store, arguments.rows) if arguments.rows else []
+    rows = {name: row(name, "pictures/s", values) for name, values in rates.items()}
+    ratios = {f"vs_{name}": rows["ours"].value / one.value for name, one in rows.items() if name != "ours"}
+    report("data", [*rows.values(), *memory], ratios)
 
 
 def make_pictures(folder: Path, count: int) -> list[Path]:
@@ -145,7 +140,7 @@ def stream_of(store: Store, rows: int) -> StageStream:
 
 
 def ours(store: Store, rows: int) -> float:
-    """Pictures a second of our stream, from its first batch on."""
+    """Pictures a second of our stream."""
     batches = stream_dataset(stream_of(store, rows), 0, 1).iter_batches(batch_size=BATCH, batch_format="numpy")
     normalised = Normaliser()
     return rate_of(normalised(batch["pixels"]) for batch in batches)
@@ -165,13 +160,10 @@ class Normaliser:
 
 
 def rate_of(batches: Any) -> float:
-    """Pictures a second after the first batch, which waits for processes to start."""
-    iterator = iter(batches)
-    next(iterator)
-    began, count = time.perf_counter(), 0
-    for batch in iterator:
-        count += len(batch)
-    return count / (time.perf_counter() - began)
+    """Pictures a second over the last three quarters: what was made while the processes started is not counted."""
+    marks = [(time.perf_counter(), len(batch)) for batch in batches]
+    first = len(marks) // 4
+    return sum(size for _, size in marks[first + 1 :]) / (marks[-1][0] - marks[first][0])
 
 
 def decode_limit(names: list[Path]) -> float:
@@ -201,22 +193,18 @@ def peer(python: Path, name: str, folder: str) -> float:
     return float(run_peer(python, name, folder))
 
 
-def watch_memory(store: Store, rows: int) -> dict[str, float]:
-    """Resident bytes of the tree of processes, and of the object store beside it, over a long stream."""
+def watch_memory(store: Store, rows: int) -> list[Row]:
+    """MiB that the tree of processes holds for itself, early and late in a long stream."""
     batches = stream_dataset(stream_of(store, rows), 0, 1).iter_batches(batch_size=BATCH, batch_format="numpy")
     normalised = Normaliser()
     seen: list[float] = []
     for number, batch in enumerate(batches):
         normalised(batch["pixels"])
-        if number % 100 == 50:
+        if number % 20 == 10:
             seen.append(_resident())
     tenth = max(len(seen) // 10, 1)
-    return {
-        "rows": rows,
-        "first_tenth_mib": round(statistics.median(seen[tenth : 2 * tenth]), 1),
-        "last_tenth_mib": round(statistics.median(seen[-tenth:]), 1),
-        "largest_mib": round(max(seen), 1),
-    }
+    parts = {"second_tenth": seen[tenth : 2 * tenth], "last_tenth": seen[-tenth:]}
+    return [row(f"memory_{name}_of_{rows}_rows", "MiB", values) for name, values in parts.items()]
 
 
 def _resident() -> float:

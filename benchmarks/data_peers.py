@@ -1,6 +1,6 @@
 """The peers of `data.py`, each at its best number of workers on two cores. Runs in an environment of its own.
 
-Usage: `data_peers.py prepare|dataloader|dataloader_draft|hf_datasets|mosaicml_streaming FOLDER`.
+Usage: `data_peers.py prepare|dataloader|dataloader_draft|hf_datasets|mosaic_streaming FOLDER`.
 """
 
 from __future__ import annotations
@@ -52,13 +52,10 @@ def loader(dataset: Dataset, workers: int, shuffle: bool = True) -> DataLoader:
 
 
 def rate(batches: DataLoader) -> float:
-    """Pictures a second after the first batch."""
-    iterator = iter(batches)
-    next(iterator)
-    began, count = time.perf_counter(), 0
-    for batch in iterator:
-        count += len(batch)
-    return count / (time.perf_counter() - began)
+    """Pictures a second over the last three quarters: what was made while the workers started is not counted."""
+    marks = [(time.perf_counter(), len(batch)) for batch in batches]
+    first = len(marks) // 4
+    return sum(size for _, size in marks[first + 1 :]) / (marks[-1][0] - marks[first][0])
 
 
 def hf_dataset(folder: Path) -> Dataset:
@@ -136,7 +133,7 @@ def main() -> None:
                 collate_fn=collate_column,
             )
         )
-    elif name == "mosaicml_streaming":
+    elif name == "mosaic_streaming":
         found = best(lambda workers: loader(mosaicml(folder), workers, shuffle=False))
     else:
         data = Files(folder, draft=name == "dataloader_draft")

@@ -349,6 +349,7 @@ def test_edit_with_wrong_input(insightedit: Any, picture: Path, tmp_path: Path) 
     nowhere = "http://127.0.0.1:9"
     insightedit("edit", picture, "red", "--out", out, "--server", nowhere).assert_one_sentence(5, nowhere)
     assert not out.exists()
+    insightedit("edit", picture, "  ", "--out", tmp_path / "out.png").assert_one_sentence(2, "instruction is empty")
 
 
 # -- with a model ---------------------------------------------------------------------------------------------------

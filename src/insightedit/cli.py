@@ -668,6 +668,8 @@ class Edited:
 @json_option
 def edit(image: Path, instruction: str, out: Path, server: str | None, as_json: bool, **settings: Any) -> None:
     """Edit IMAGE by an INSTRUCTION."""
+    if not instruction.strip():
+        raise UsageError("The instruction is empty; say what to change in the image.")
     file_format = _format_of(out)
     settings["num_inference_steps"] = settings.pop("steps")
     contents = _read(image)
