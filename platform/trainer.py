@@ -59,8 +59,19 @@ class TrainingPlan:
         return self.workdir.runs / self.name
 
     def stage_folder(self, number: int) -> Path:
-        """Where a stage keeps its checkpoints and leaves its weights."""
+        """Where a stage leaves its weights and, unless the config says otherwise, keeps its checkpoints."""
         return self.folder / f"stage-{number}"
+
+    def checkpoint_place(self, number: int) -> Store:
+        """Where a stage keeps its checkpoints.
+
+        Raises:
+            UsageError: the config names no storage that is known.
+        """
+        store = self.config.checkpoints.store
+        if store is None:
+            return Store.at(self.stage_folder(number) / "checkpoints")
+        return Store.at(store).child(self.name).child(f"stage-{number}")
 
     @property
     def starts(self) -> Path:
@@ -151,6 +162,7 @@ def train_stages(plan: TrainingPlan, on_progress: Callable[[Progress], None] | N
     if todo:
         if todo[0] > 1:
             check_start(plan, todo[0])
+        plan.checkpoint_place(todo[0])
         plan.folder.mkdir(parents=True, exist_ok=True)
         with _watched(plan.progress, on_progress):
             _fit(plan, todo)

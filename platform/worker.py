@@ -43,7 +43,6 @@ from insightedit.platform.errors import UsageError
 from insightedit.platform.loop import Curve, Layout, Point, StageLoop
 from insightedit.platform.mixtures import micro_batch_size
 from insightedit.platform.saving import CheckpointSaver
-from insightedit.platform.storage import Store
 from insightedit.platform.streams import write_start
 from insightedit.platform.tracking import StageTracker
 from insightedit.platform.trainer import (
@@ -279,12 +278,8 @@ class StageWorker:
 def checkpoint_store(plan: TrainingPlan, number: int) -> CheckpointStore:
     """Where a stage's checkpoints are."""
     config = plan.config.checkpoints
-    if config.store is None:
-        place = Store.at(plan.stage_folder(number) / "checkpoints")
-    else:
-        place = Store.at(config.store).child(plan.name).child(f"stage-{number}")
     return CheckpointStore(
-        place,
+        plan.checkpoint_place(number),
         run_key(checkpoint_key(plan.workdir.root), plan.name, number),
         Retention(keep=config.keep, keep_best=config.keep_best, best_by=config.best_by),
         scratch=Path(config.scratch) if config.scratch else None,

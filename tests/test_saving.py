@@ -20,14 +20,19 @@ import torch
 import torch.distributed as dist
 import toy_training as toy
 from moto.server import ThreadedMotoServer
+from safetensors.torch import load_file
+from test_training import plan
 from torch import Tensor
 
 from insightedit.platform import storage
 from insightedit.platform.checkpoints import CheckpointInfo, CheckpointStore, Retention
+from insightedit.platform.cluster import connected
+from insightedit.platform.config import CheckpointsConfig
 from insightedit.platform.engine import StageLosses, load_state, snapshot_state, start_engine, trained_parameters
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.saving import CheckpointSaver
 from insightedit.platform.storage import Store, retried
+from insightedit.platform.trainer import WEIGHTS_NAME, train_stages
 
 KEY = b"k" * 32
 BUCKET = "insightedit-checkpoints"
@@ -574,3 +579,24 @@ def test_a_store_that_stays_away_is_told(start: Callable[..., Training], bucket:
     training.save()
     training.saver.finish()
     assert training.resume() == ()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_goes_on_from_an_object_store(tmp_path: Path, bucket: Store) -> None:
+    stages = {1: {"steps": 9, "checkpoint_every": 4}, 2: {"steps": 9, "checkpoint_every": 4, "zero": 3}}
+    weights: list[dict[str, Tensor]] = []
+    with connected(cpus=8):
+        for name, upload, store in (
+            ("whole", "wait", None),
+            ("killed", "background", bucket.uri),
+        ):
+            checkpoints = CheckpointsConfig(upload=upload, store=store, scratch=str(tmp_path / "scratch"))
+            config = toy.toy_config(stages, max_failures=1).model_copy(update={"checkpoints": checkpoints})
+            mark = str(tmp_path / "killed")
+            training = plan(tmp_path, config, name, dropout=0.3, die_at=(2, 7, mark) if store else None)
+            train_stages(training)
+            weights.append(load_file(training.stage_folder(2) / WEIGHTS_NAME))
+    assert (tmp_path / "killed").exists()
+    assert same(*weights)
+    assert len(files_by_name(bucket.child("killed").child("stage-2"))) == 2
+    assert not (tmp_path / "runs" / "killed" / "stage-2" / "checkpoints").exists()

@@ -24,7 +24,7 @@ from insightedit.model.losses import LossTerm
 from insightedit.model.pipeline import load_pipeline
 from insightedit.model.stages import STAGES
 from insightedit.platform.cluster import connected
-from insightedit.platform.config import RunConfig, StageConfig, load_preset
+from insightedit.platform.config import CheckpointsConfig, RunConfig, StageConfig, load_preset
 from insightedit.platform.datasets import reader_named, records_of
 from insightedit.platform.editing import EditingTask
 from insightedit.platform.encoding import RecordEncoder, load_encoders
@@ -167,6 +167,13 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, ray_cluster: None) -> N
     changed = toy.toy_config({**stages, 1: {"steps": 10}}, max_failures=1)
     with pytest.raises(UsageError, match="finished stage 1 with another config"):
         train_stages(plan(tmp_path, changed, "whole"))
+
+
+def test_an_unknown_storage_is_told_before_anything_starts(tmp_path: Path) -> None:
+    config = toy.toy_config({1: {"steps": 1}})
+    config = config.model_copy(update={"checkpoints": CheckpointsConfig(store="ftp://somewhere/x")})
+    with pytest.raises(UsageError, match="ftp://somewhere/x is no storage that is known"):
+        train_stages(plan(tmp_path, config))
 
 
 def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
