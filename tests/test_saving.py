@@ -586,14 +586,13 @@ def test_a_killed_worker_goes_on_from_an_object_store(tmp_path: Path, bucket: St
     stages = {1: {"steps": 9, "checkpoint_every": 4}, 2: {"steps": 9, "checkpoint_every": 4, "zero": 3}}
     weights: list[dict[str, Tensor]] = []
     with connected(cpus=8):
-        for name, upload, store in (
-            ("whole", "wait", None),
-            ("killed", "background", bucket.uri),
+        for name, checkpoints in (
+            ("whole", CheckpointsConfig(upload="wait")),
+            ("killed", CheckpointsConfig(store=bucket.uri, scratch=str(tmp_path / "scratch"))),
         ):
-            checkpoints = CheckpointsConfig(upload=upload, store=store, scratch=str(tmp_path / "scratch"))
             config = toy.toy_config(stages, max_failures=1).model_copy(update={"checkpoints": checkpoints})
             mark = str(tmp_path / "killed")
-            training = plan(tmp_path, config, name, dropout=0.3, die_at=(2, 7, mark) if store else None)
+            training = plan(tmp_path, config, name, dropout=0.3, die_at=(2, 7, mark) if checkpoints.store else None)
             train_stages(training)
             weights.append(load_file(training.stage_folder(2) / WEIGHTS_NAME))
     assert (tmp_path / "killed").exists()
