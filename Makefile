@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format bench clean
+.PHONY: help install quickstart test test-slow test-chaos lint format bench clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1	/' | expand -t 22
@@ -29,6 +29,9 @@ test: $(INSTALLED)  ## The tests that every change must pass
 
 test-slow: $(INSTALLED)  ## The tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-chaos: $(INSTALLED)  ## Storms: whatever is killed, nothing is lost; counts in out/chaos.json
+	$(BIN)/python -m pytest -m chaos -s $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and pyright
 	$(BIN)/ruff check .

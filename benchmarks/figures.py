@@ -59,6 +59,27 @@ def report(name: str, rows: Sequence[Row], ratios: Mapping[str, float]) -> Path:
     return path
 
 
+def report_part(name: str, part: str, counts: Mapping[str, int]) -> Path:
+    """Print one part's counts as a table and put them into `out/NAME.json`, beside the other parts that are there.
+
+    Args:
+        name: of the file.
+        part: whose counts they are.
+        counts: by name.
+
+    Returns:
+        The file.
+    """
+    for key, value in counts.items():
+        print(f"{part:<12}  {key:<12}  {value:>8}")
+    OUT.mkdir(exist_ok=True)
+    path = OUT / f"{name}.json"
+    parts = json.loads(path.read_text(encoding="utf-8")).get("parts", {}) if path.is_file() else {}
+    content = {**environment(), "parts": {**parts, part: dict(counts)}}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
 def environment() -> dict[str, object]:
     """What figures depend on besides the code: `machine`, `versions` and `commit`."""
     return {

@@ -107,6 +107,13 @@ class StageConfig(_Settings):
     betas: tuple[Share, Share] = (0.9, 0.999)
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradients."""
+    bad_steps: Literal["stop", "skip"] = "stop"
+    """What happens where loss or gradients are not finite or leap: training stops, or goes on without that batch."""
+    spike: Annotated[float, Field(gt=1)] | None = None
+    """A loss or a norm of the gradients that is so many times the median of the last good steps is a leap; without it
+    none is."""
+    max_bad_steps: Count = 10
+    """Bad steps one after the other after which training stops in any case."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the modules under autocast; weights and optimiser stay in float32."""
     zero: Literal[2, 3] = 2
@@ -134,7 +141,9 @@ class WorkersConfig(_Settings):
     steps_per_block: Count = 8
     """Optimiser steps whose samples one data task collates for one worker."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Restarts after a worker died; -1 is without limit."""
+    """Restarts after a worker died; -1 is without limit. Those after a node was taken away with notice do not count."""
+    hang_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds without a step or another sign of progress after which a worker ends itself, to be started again."""
 
 
 class CheckpointsConfig(_Settings):
@@ -233,7 +242,8 @@ class RunConfig(_Settings):
     def fingerprint(self, stage: int) -> str:
         """A sha256 over all that the weights after a stage depend on, but for the shards, which have their own."""
         text = self.model_dump(mode="json", include={"seed", "model", "stages"})
-        quiet = {"checkpoint_every", "validate_every", "log_every"}
+        # What is done about bad steps may change within a run: one that stopped goes on without the batch.
+        quiet = {"checkpoint_every", "validate_every", "log_every", "bad_steps", "spike", "max_bad_steps"}
         stages = {
             key: {name: value for name, value in fields.items() if name not in quiet}
             for key, fields in text["stages"].items()

@@ -16,6 +16,7 @@ import deepspeed.ops
 import numpy as np
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
 from insightedit.model.losses import LossTerm
@@ -161,6 +162,31 @@ def set_learning_rates(engine: Any, config: StageConfig, step: int) -> None:
     """Set every group's learning rate for a step (from 0)."""
     for group in engine.optimizer.param_groups:
         group["lr"] = group["scale"] * learning_rate(config, step, group["warmup"])
+
+
+def watch_norm(engine: Any, admits: Callable[[float], bool]) -> None:
+    """Let a function decide from the norm of a whole batch's gradients whether the optimiser's step is done.
+
+    DeepSpeed itself leaves out a step whose norm is not finite: it clears the gradients and changes nothing else. So a
+    step that is not to be done gets an infinite norm. All ranks compute the same norm.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "_get_norm_groups"):
+        groups_of = cast(Callable[[], list[Any]], optimizer._get_norm_groups)
+
+        def watched_groups() -> list[Any]:
+            groups = groups_of()
+            return groups if admits(float(combine_grad_norm_groups(groups))) else [torch.tensor(math.inf)]
+
+        optimizer._get_norm_groups = watched_groups
+        return
+    norm_of = cast(Callable[[], Any], optimizer.scaled_global_norm)
+
+    def watched_norm() -> Tensor:
+        norm = torch.as_tensor(norm_of())
+        return norm if admits(float(norm)) else torch.full_like(norm, math.inf)
+
+    optimizer.scaled_global_norm = watched_norm
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

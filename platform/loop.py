@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from insightedit.platform.bad_steps import BadStep, StepGuard
 from insightedit.platform.config import StageConfig
-from insightedit.platform.engine import learning_rate, set_learning_rates
+from insightedit.platform.engine import learning_rate, set_learning_rates, watch_norm
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.mixtures import step_positions
 
@@ -37,18 +38,37 @@ class Meter:
     """Sums over the steps since the last point of the curves."""
 
     sums: Tensor
-    """(2, T) of w_i l_i and w_i, of this rank."""
+    """(2, T) of w_i l_i and w_i, of all ranks."""
     totals: Tensor
     """(T,) of w_i, of all ranks."""
     steps: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    skipped: int = 0
+    """Bad steps, which count in nothing else but the time."""
     norms: list[float] = field(default_factory=list[float])
 
     @classmethod
     def start(cls, losses: int, device: torch.device) -> Meter:
         """An empty meter for a number of losses."""
         return cls(torch.zeros(2, losses, device=device), torch.zeros(losses, device=device))
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Any], device: torch.device) -> Meter:
+        """The meter that `state` described."""
+        sums, totals = (torch.tensor(state[name], device=device) for name in ("sums", "totals"))
+        rest = {name: value for name, value in state.items() if name not in ("sums", "totals")}
+        return cls(sums, totals, **rest)
+
+    def state(self) -> dict[str, Any]:
+        """Everything in it, as JSON has it: every float stays what it is, to the bit."""
+        return {**asdict(self), "sums": self.sums.tolist(), "totals": self.totals.tolist()}
+
+    def add(self, sums: Tensor, totals: Tensor, norm: float) -> None:
+        """Add a good step."""
+        self.sums += sums
+        self.totals += totals
+        self.norms.append(norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +79,8 @@ class Point:
     losses: dict[str, float]
     """Of the global batches, by their names in the seed."""
     figures: dict[str, float]
-    """`gradient_norm`, `learning_rate`, `samples_per_second`, `data_wait_seconds`, `data_wait_share`."""
+    """`gradient_norm`, `learning_rate`, `skipped_steps`, `samples_per_second`, `data_wait_seconds` and
+    `data_wait_share`."""
     seconds: float
     """Of training alone."""
 
@@ -105,6 +126,7 @@ class StageLoop:
         layout: Layout,
         arrays: Iterator[Mapping[str, NDArray[Any]]],
         count: Callable[[Batch], dict[str, Tensor]],
+        notice: Callable[[], bool] = lambda: False,
     ) -> None:
         """Prepare a loop.
 
@@ -115,6 +137,7 @@ class StageLoop:
             layout: how the global batch is spread.
             arrays: this rank's micro-batches, with `position`.
             count: the samples' weights (B,) in each loss.
+            notice: whether this rank has heard that it will be interrupted.
         """
         self._engine = engine
         self._config = config
@@ -122,47 +145,62 @@ class StageLoop:
         self._layout = layout
         self._arrays = arrays
         self._count = count
+        self._notice = notice
+        self.noticed = False
+        """Whether any rank had heard so when the last step began; the same on every rank."""
         self._meter = Meter.start(len(self._names), layout.device)
+        self._guard = StepGuard(config)
+        watch_norm(engine, self._guard.admits)
 
-    def step(self, step: int) -> None:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the engine's state; the same on every rank, and JSON."""
+        return {"meter": self._meter.state(), "guard": self._guard.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` described."""
+        self._meter = Meter.restore(state["meter"], self._layout.device)
+        self._guard.restore(state["guard"])
+
+    def step(self, step: int) -> BadStep | None:
         """One optimiser step.
 
-        Raises:
-            InsightEditError: training diverged.
+        Returns:
+            What was wrong with the step, if it was left out; the same on every rank.
         """
         began = time.perf_counter()
         window = self._window(step)
         self._meter.waited += time.perf_counter() - began
         totals = self._totals(window)
         set_learning_rates(self._engine, self._config, step)
+        sums = torch.zeros_like(self._meter.sums)
         for batch in window:
-            loss, sums = self._engine(batch, totals)
+            loss, part = self._engine(batch, totals)
             self._engine.backward(loss)
+            sums += part
+            if batch is window[-1]:
+                # The engine's step asks the guard, which must know by then what the losses are.
+                self._reduce(sums)
+                self._guard.expect(step, self._losses(sums, totals))
             self._engine.step()
-            self._meter.sums += sums
-        norm = float(self._engine.get_global_grad_norm() or 0.0)
-        if not np.isfinite(norm):
-            raise InsightEditError(
-                f"Training diverged at step {step}: the gradients' norm is {norm}; lower the stage's learning_rate."
-            )
-        self._meter.totals += totals
-        self._meter.norms.append(norm)
+        bad = self._guard.bad
+        if bad is None:
+            self._meter.add(sums, totals, self._guard.norm)
+        else:
+            self._meter.skipped += 1
         self._meter.steps += 1
         self._meter.seconds += time.perf_counter() - began
+        return bad
 
     def point(self, step: int) -> Point:
-        """The means since the last point. Every rank must call this."""
+        """The means since the last point, but for bad steps."""
         meter, self._meter = self._meter, Meter.start(len(self._names), self._layout.device)
-        if self._layout.world > 1:
-            dist.all_reduce(meter.sums)
         if not torch.allclose(meter.sums[1], meter.totals):
             raise InsightEditError("The model weighs samples otherwise than its task's loss_weights; make them agree.")
-        # A loss that no sample had is left out of the curve.
-        sums = zip(self._names, meter.sums[0].tolist(), meter.totals.tolist(), strict=True)
-        losses = {name: value / total for name, value, total in sums if total}
+        losses = self._losses(meter.sums, meter.totals)
         figures = {
-            "gradient_norm": sum(meter.norms) / meter.steps,
+            **({"gradient_norm": sum(meter.norms) / len(meter.norms)} if meter.norms else {}),
             "learning_rate": learning_rate(self._config, step - 1),
+            "skipped_steps": float(meter.skipped),
             "samples_per_second": meter.steps * self._config.global_batch / meter.seconds,
             "data_wait_seconds": meter.waited,
             "data_wait_share": meter.waited / meter.seconds,
@@ -184,12 +222,23 @@ class StageLoop:
         return window
 
     def _totals(self, window: Sequence[Batch]) -> Tensor:
-        """(T,) the samples' weights summed over the global batch."""
+        """(T,) the samples' weights summed over the global batch; notices travel with them."""
         counts = [self._count(batch) for batch in window]
         totals = torch.stack([torch.cat([count[name].float() for count in counts]).sum() for name in self._names])
+        told = self._reduce(torch.cat([totals, totals.new_tensor([float(self._notice())])]))
+        self.noticed = bool(told[-1])
+        return told[:-1]
+
+    def _losses(self, sums: Tensor, totals: Tensor) -> dict[str, float]:
+        """Mean losses by name; one that no sample had is left out."""
+        rows = zip(self._names, sums[0].tolist(), totals.tolist(), strict=True)
+        return {name: value / total for name, value, total in rows if total}
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
         if self._layout.world > 1:
-            dist.all_reduce(totals)
-        return totals
+            dist.all_reduce(tensor)
+        return tensor
 
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -28,6 +28,8 @@ from insightedit.platform.workdir import Workdir
 EXPERIMENT = "insightedit"
 _MAX_BATCH = 100
 _MAX_PARAM = 6000
+_EVERY_STEP = "learning_rate"
+"""A figure that every point of a curve has."""
 _PACKAGES = ("insightedit", "torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "mlflow", "numpy")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -126,12 +128,13 @@ class StageTracker:
         self._client = MlflowClient(run.uri)
         self._queue = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tracking")
         self._pending: list[Future[None]] = []
+        self._logged: set[int] | None = None
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log figures of a step."""
+        """Log figures of a step, once: a run that resumes comes to the same steps again."""
         now = int(time.time() * 1000)
         entries = [Metric(name, value, now, step) for name, value in values.items()]
-        self._submit(lambda: self._client.log_batch(self.run_id, metrics=entries))
+        self._submit(lambda: self._log_once(step, entries))
 
     def pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
         """Log pictures of a step by name."""
@@ -154,6 +157,13 @@ class StageTracker:
         errors = [future.exception() for future in self._pending]
         if first := next(filter(None, errors), None):
             raise InsightEditError(f"MLflow refused what was logged: {first}.") from first
+
+    def _log_once(self, step: int, entries: list[Metric]) -> None:
+        if self._logged is None:
+            self._logged = {metric.step for metric in self._client.get_metric_history(self.run_id, _EVERY_STEP)}
+        if step not in self._logged:
+            self._client.log_batch(self.run_id, metrics=entries)
+            self._logged.add(step)
 
     def _submit(self, write: Any) -> None:
         # Finished writes are forgotten, failed ones kept for `close`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,12 @@ from typing import Any, cast
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from insightedit.model.stages import STAGES
+from insightedit.platform.bad_steps import BadStepError
 from insightedit.platform.cluster import cause_of
 from insightedit.platform.config import RunConfig
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
@@ -30,6 +33,7 @@ from insightedit.platform.manifests import sha256_file
 from insightedit.platform.shards import ShardManifest
 from insightedit.platform.storage import Store
 from insightedit.platform.streams import StageStream, StageStreams
+from insightedit.platform.surveillance import START_SECONDS, HeedTermination
 from insightedit.platform.tasks import TrainingTask
 from insightedit.platform.tracking import TrackedRun
 from insightedit.platform.workdir import Workdir
@@ -206,12 +210,30 @@ def _train_worker(settings: Mapping[str, Any]) -> None:
     train_worker(settings)
 
 
+class _Policy(DefaultFailurePolicy):
+    """Ray's, but for errors that would come again: those are told at once."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        failures = cast(Mapping[int, BaseException], getattr(training_failed_error, "worker_failures", {}))
+        if any(isinstance(error, UsageError | NotFoundError | BadStepError) for error in failures.values()):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer with our policy: it has no setting for it."""
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        policy = _Policy(cast(Any, self.run_config.failure_config))
+        return super()._initialize_and_run_controller(**{**settings, "failure_policy": policy})
+
+
 def _fit(plan: TrainingPlan, stages: list[int]) -> None:
     """Run the worker group."""
     streams = StageStreams({f"stage-{number}": plan.stream(number) for number in stages}, plan.starts)
     workers = plan.config.workers
     resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _train_worker,
         train_loop_config={"plan": plan, "stages": stages},
         scaling_config=ScalingConfig(
@@ -220,9 +242,14 @@ def _fit(plan: TrainingPlan, stages: list[int]) -> None:
         run_config=RayRunConfig(
             name=plan.name,
             storage_path=str(plan.workdir.root / "ray"),
-            failure_config=FailureConfig(max_failures=workers.max_failures),
+            failure_config=FailureConfig(max_failures=workers.max_failures, max_preemption_failures=-1),
+            callbacks=cast(Any, [HeedTermination()]),
         ),
-        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+        torch_config=TorchConfig(
+            # Who waits for a rank that hangs has a watchdog of its own; this is for what it does not see.
+            backend="nccl" if workers.gpus else "gloo",
+            timeout_s=math.ceil(workers.hang_seconds + START_SECONDS),
+        ),
         datasets=streams.placeholders(),
         dataset_config=streams,
     )

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from insightedit.model.attention import use_plain_attention
+from insightedit.platform.bad_steps import BadStep, bad_step_entry, check_bad_step
 from insightedit.platform.checkpoints import (
     Checkpoint,
     CheckpointInfo,
@@ -40,10 +41,12 @@ from insightedit.platform.engine import (
     trained_parameters,
 )
 from insightedit.platform.errors import UsageError
+from insightedit.platform.journals import append_entry, keep_entries, read_entries
 from insightedit.platform.loop import Curve, Layout, Point, StageLoop
 from insightedit.platform.mixtures import micro_batch_size
 from insightedit.platform.saving import CheckpointSaver
 from insightedit.platform.streams import write_start
+from insightedit.platform.surveillance import Notices, Watchdog
 from insightedit.platform.tracking import StageTracker
 from insightedit.platform.trainer import (
     RESULT_NAME,
@@ -56,6 +59,10 @@ from insightedit.platform.trainer import (
     write_json,
 )
 
+CURVE_NAME = "curve.jsonl"
+"""Every point of a stage's curves, in its folder."""
+BAD_STEPS_NAME = "bad_steps.jsonl"
+"""The steps that a run left out, with their samples, in its folder."""
 _PREFETCH = 4
 """Micro-batches that are fetched ahead."""
 
@@ -70,14 +77,19 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     for number in settings["stages"]:
         # After a restart, earlier stages may be done already. All ranks must see the same.
         if not _from_first([plan.stage_folder(number).joinpath(RESULT_NAME).is_file()]):
-            StageWorker(plan, number).run()
+            watchdog = Watchdog(plan.config.workers.hang_seconds)
+            watchdog.start()
+            StageWorker(plan, number, watchdog).run()
+            watchdog.stop()
 
 
 class StageWorker:
     """One rank's part in one stage."""
 
-    def __init__(self, plan: TrainingPlan, number: int) -> None:
+    def __init__(self, plan: TrainingPlan, number: int, watchdog: Watchdog) -> None:
         self.plan = plan
+        self.watchdog = watchdog
+        self.notices = Notices()
         self.number = number
         self.config: StageConfig = plan.config.stages[number]
         self.names = loss_names(number)
@@ -94,8 +106,12 @@ class StageWorker:
         self.arrays = _begun(self._arrays())
         self.model = self._build()
         self.engine = self._engine()
-        self.curve = Curve(**self.progress["curve"]) if self.progress else Curve()
+        self.loop = StageLoop(
+            self.engine, self.config, self.names, self.layout, self.arrays, self._count, self.notices.pending
+        )
+        self.curve = Curve()
         self.tracker = StageTracker(plan.tracking, number) if plan.tracking and self._is_first else None
+        self._restore_loop()
 
     @property
     def _is_first(self) -> bool:
@@ -104,24 +120,30 @@ class StageWorker:
     def run(self) -> None:
         """Train the stage to its end."""
         with self._tracked(), self._saving():
-            loop = StageLoop(self.engine, self.config, self.names, self.layout, self.arrays, self._count)
             for step in range(self.start, self.config.steps):
-                loop.step(step)
-                self._after(loop, step + 1)
+                if bad := self.loop.step(step):
+                    self._report(bad)
+                self.watchdog.progress()
+                self._after(step + 1)
             self.saver.finish()
             self._finish()
         self.engine.destroy()
 
-    def _after(self, loop: StageLoop, step: int) -> None:
+    def _after(self, step: int) -> None:
         """What is due after a number of steps."""
         config, last = self.config, step == self.config.steps
         self.saver.check()
         if last or step % config.log_every == 0:
-            self._log(loop.point(step))
-        if not last and step % config.checkpoint_every == 0:
+            self._log(self.loop.point(step))
+        if not last and (step % config.checkpoint_every == 0 or self.loop.noticed):
             self._save(step)
+            self.watchdog.progress()
+        if self.loop.noticed:
+            self.saver.finish()
+            self.notices.heed()
         if last or (config.validate_every and step % config.validate_every == 0):
             self._validate(step)
+            self.watchdog.progress()
 
     # -- beginning ----------------------------------------------------------------------------------------------
 
@@ -177,16 +199,52 @@ class StageWorker:
             self.store.release()
         return engine
 
+    def _restore_loop(self) -> None:
+        """Take the loop, and the files that it adds to, back to where the checkpoint is."""
+        if self.progress:
+            self.loop.restore(self.progress["loop"])
+            self.curve = Curve(**self.progress["curve"])
+        if self._is_first:
+            done = self.start
+            self._stage_file(CURVE_NAME).parent.mkdir(parents=True, exist_ok=True)
+            keep_entries(self._stage_file(CURVE_NAME), lambda entry: entry["step"] <= done)
+            keep_entries(self._bad_steps, lambda entry: (entry["stage"], entry["step"]) < (self.number, done))
+            for entry in read_entries(self._stage_file(CURVE_NAME)):
+                # The tracker writes in the background: what it had not written yet when its process died.
+                self._track(entry)
+
+    def _stage_file(self, name: str) -> Path:
+        return self.plan.stage_folder(self.number) / name
+
+    @property
+    def _bad_steps(self) -> Path:
+        return self.plan.folder / BAD_STEPS_NAME
+
     def _count(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self.plan.task.loss_weights(batch, self.number)
 
     # -- on the way -----------------------------------------------------------------------------------------------
+
+    def _report(self, bad: BadStep) -> None:
+        """Say which step was left out and why, with its samples.
+
+        Raises:
+            BadStepError: training stops here.
+        """
+        if self._is_first:
+            append_entry(self._bad_steps, bad_step_entry(bad, self.number, self.plan.stream(self.number)))
+        # Where it stops, nobody may go before the file is written: the first one to fail ends them all.
+        dist.barrier()
+        check_bad_step(bad, self.config, self.number, self._bad_steps)
 
     def _log(self, point: Point) -> None:
         """Add a point to the curves."""
         if not self._is_first:
             return
         self.curve.add(point)
+        entry = asdict(point)
+        entry["figures"] |= self.plan.task.diagnostics(self.model)
+        append_entry(self._stage_file(CURVE_NAME), entry)
         progress = Progress(
             stage=self.number,
             step=point.step,
@@ -195,10 +253,12 @@ class StageWorker:
             samples_per_second=point.figures["samples_per_second"],
         )
         write_json(self.plan.progress, asdict(progress))
+        self._track(entry)
+
+    def _track(self, entry: Mapping[str, Any]) -> None:
+        """Log a point of the curves, if it is not there already."""
         if self.tracker:
-            self.tracker.metrics(
-                point.step, {**point.losses, **point.figures, **self.plan.task.diagnostics(self.model)}
-            )
+            self.tracker.metrics(entry["step"], {**entry["losses"], **entry["figures"]})
 
     def _save(self, step: int) -> None:
         """Begin a checkpoint with all ranks."""
@@ -208,7 +268,7 @@ class StageWorker:
             self._info(step),
             lambda: snapshot_state(self.engine, self.layout.rank),
             losses=self.curve.last,
-            progress={"curve": asdict(self.curve)},
+            progress={"loop": self.loop.state(), "curve": asdict(self.curve)},
         )
 
     def _info(self, step: int) -> CheckpointInfo:

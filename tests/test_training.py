@@ -60,8 +60,11 @@ def plan(tmp_path: Path, config: RunConfig, name: str = "run", **settings: Any) 
     return TrainingPlan(name=name, workdir=workdir, config=config, task=task, stages=stages, datasets=stores)
 
 
-def reference(training: TrainingPlan) -> dict[int, dict[str, Tensor]]:
-    """The weights after each stage, by one process in plain PyTorch with the whole global batch at once."""
+def reference(training: TrainingPlan, without: tuple[int, ...] = ()) -> dict[int, dict[str, Tensor]]:
+    """The weights after each stage, by one process in plain PyTorch with the whole global batch at once.
+
+    Steps `without` are not taken.
+    """
     torch.manual_seed(training.config.seed)
     model = toy.ToyModel(0.0)
     after: dict[int, dict[str, Tensor]] = {}
@@ -77,7 +80,7 @@ def reference(training: TrainingPlan) -> dict[int, dict[str, Tensor]]:
         )
         head_scale = config.learning_rates.get("bim", config.learning_rate) / config.learning_rate
         warmups = (config.warmup, config.warmups.get("bim", config.warmup))
-        for step in range(config.steps):
+        for step in (step for step in range(config.steps) if step not in without):
             batch = whole_batch(stream, step)
             terms = model(batch, number)
             parts = [config.losses[name] * weighted_mean(term) for name, term in terms.items()]
@@ -186,7 +189,7 @@ def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
 def test_errors_of_workers_are_told_in_one_sentence(tmp_path: Path, ray_cluster: None) -> None:
     stages = {1: {"steps": 1}, 2: {"steps": 4, "learning_rate": 1e30}}
     config = toy.toy_config(stages, max_failures=0)
-    with pytest.raises(InsightEditError, match=r"^Training failed: Training diverged at step \d: .*learning_rate\.$"):
+    with pytest.raises(InsightEditError, match=r"^Training failed: Training diverged at step \d of stage 2, where"):
         train_stages(plan(tmp_path, config))
 
 
@@ -202,6 +205,8 @@ class Engine:
         self.norm = norm
         self.weight = weight
         self.rates: list[float] = []
+        self.calls = 0
+        cast(Any, self.optimizer).scaled_global_norm = lambda: self.norm
 
     def __call__(self, batch: Mapping[str, Tensor], totals: Tensor) -> tuple[Tensor, Tensor]:
         count = self.weight * batch["diffusion_weight"].sum()
@@ -211,10 +216,11 @@ class Engine:
         pass
 
     def step(self) -> None:
+        # As DeepSpeed's, it asks for the norm once a whole batch is through: two micro-batches.
+        self.calls += 1
+        if self.calls % 2 == 0:
+            cast(Any, self.optimizer).scaled_global_norm()
         self.rates.append(self.optimizer.param_groups[0]["lr"])
-
-    def get_global_grad_norm(self) -> float:
-        return self.norm
 
 
 def loop(engine: Engine, first_position: int = 0) -> StageLoop:
@@ -224,7 +230,7 @@ def loop(engine: Engine, first_position: int = 0) -> StageLoop:
         {"position": np.arange(start, start + 4), "diffusion_weight": np.ones(4, np.float32)}
         for start in range(first_position, 32, 4)
     )
-    return StageLoop(engine, config, ["L"], layout, arrays, lambda batch: {"L": batch["diffusion_weight"]})
+    return StageLoop(engine, config, ["L_LLM"], layout, arrays, lambda batch: {"L_LLM": batch["diffusion_weight"]})
 
 
 def test_points_are_means_over_their_steps() -> None:
@@ -233,15 +239,10 @@ def test_points_are_means_over_their_steps() -> None:
     for step in range(3):
         steps.step(step)
     point = steps.point(3)
-    assert point.losses == {"L": pytest.approx(3.0)}
+    assert point.losses == {"L_LLM": pytest.approx(3.0)}
     assert point.figures["gradient_norm"] == 2.0
     assert point.figures["samples_per_second"] == pytest.approx(24 / point.seconds)
     assert len(engine.rates) == 6
-
-
-def test_divergence_is_told() -> None:
-    with pytest.raises(InsightEditError, match=r"diverged at step 0: .* nan; lower"):
-        loop(Engine(norm=float("nan"))).step(0)
 
 
 def test_a_stream_at_another_place_is_refused() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import ray.cloudpickle
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from insightedit.model.configuration import ModelConfig, SourcesConfig
 from insightedit.model.losses import LossTerm, squared_error
 from insightedit.model.stages import STAGES, Part
+from insightedit.platform import surveillance
 from insightedit.platform.config import DataConfig, DatasetConfig, RunConfig, StageConfig, WorkersConfig
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.shards import (
@@ -34,7 +38,7 @@ from insightedit.platform.shards import (
     write_shard,
 )
 from insightedit.platform.storage import Store
-from insightedit.platform.streams import Arrays, Collate, Encode
+from insightedit.platform.streams import Arrays, Collate, Encode, StageStream
 
 # Workers do not know the tests' folder.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -89,6 +93,15 @@ class ToyTask:
     dropout: float = 0.0
     die_at: tuple[int, int, str] | None = None
     """Stage, step and file: rank 1 kills itself in that step, unless the file says that it did before."""
+    hang_at: tuple[int, int, str] | None = None
+    """The same, but rank 1 hangs."""
+    notice_at: tuple[int, int, str] | None = None
+    """The same, but rank 1 is told that it will be ended."""
+    pause: float = 0.0
+    """Seconds that each micro-batch takes longer, until the file `pause_until` is there."""
+    pause_until: str = ""
+    record: str | None = None
+    """A folder in which each process notes the seeds of the samples it trains on, a micro-batch a line."""
     key: str = "toy"
 
     def build_model(self) -> nn.Module:
@@ -107,22 +120,59 @@ class ToyTask:
         return "bim" if parameter.startswith("head.") else "unet"
 
     def loss_weights(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
-        if self.die_at is not None:
-            self._die(stage)
+        CALLS[stage] = CALLS.get(stage, 0) + 1
+        if _is_time(self.die_at, stage):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if _is_time(self.hang_at, stage):
+            time.sleep(3600)
+        if _is_time(self.notice_at, stage):
+            os.kill(os.getpid(), signal.SIGTERM)
+            # The main thread, which Python's handlers run on, wakes up when Ray asks it for news.
+            surveillance.terminated.wait(60)
+        if self.pause and not Path(self.pause_until).exists():
+            time.sleep(self.pause)
+        if self.record is not None:
+            self._note(self.record, stage, batch["seed"].tolist())
         return term_weights(batch, stage)
 
-    def _die(self, stage: int) -> None:
-        number, step, mark = self.die_at or (0, 0, "")
-        CALLS[stage] = CALLS.get(stage, 0) + 1
-        if (stage, CALLS[stage]) == (number, step) and dist.get_rank() == 1 and not Path(mark).exists():
-            Path(mark).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+    @staticmethod
+    def _note(folder: str, stage: int, seeds: list[int]) -> None:
+        Path(folder).mkdir(exist_ok=True)
+        # Names of processes in the order of their starts: what one of them began, the next one goes on with.
+        name = f"{stage}-{int(psutil.Process().create_time() * 1000)}-{dist.get_rank()}-{os.getpid()}"
+        with (Path(folder) / name).open("a") as stream:
+            stream.write(json.dumps(seeds) + "\n")
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         return {"query_variance": 1.0}
 
     def pictures(self, model: nn.Module, stage: int) -> dict[str, Image.Image]:
         return {"toy": Image.new("RGB", (8, 8))}
+
+
+def _is_time(fault: tuple[int, int, str] | None, stage: int) -> bool:
+    """Whether a fault is due; once."""
+    number, step, mark = fault or (0, 0, "")
+    if (stage, CALLS[stage]) != (number, step) or dist.get_rank() != 1 or Path(mark).exists():
+        return False
+    Path(mark).touch()
+    return True
+
+
+def processes(folder: Path, stream: StageStream, rank: int) -> list[list[int]]:
+    """The positions that each process of a rank trained on, in the order of their starts (see `ToyTask.record`)."""
+    positions = np.arange(stream.steps * stream.global_batch)
+    place = {seed: number for number, seed in enumerate(stream.mixture()[0].rows(positions).seed.tolist())}
+    files = sorted(folder.glob(f"{stream.stage}-*-{rank}-*"))
+    return [[place[seed] for line in file.read_text().splitlines() for seed in json.loads(line)] for file in files]
+
+
+def consumed(folder: Path, stream: StageStream, rank: int) -> list[int]:
+    """The positions that made the weights: what a process did behind its last checkpoint is done again."""
+    order: list[int] = []
+    for some in processes(folder, stream, rank):
+        order = [position for position in order if position < some[0]] + some
+    return order
 
 
 def toy_arrays(rows: int, seed: int, weight: float | None = None) -> dict[str, np.ndarray[Any, Any]]:
