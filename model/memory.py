@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import ModelMixin
+from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,7 +15,7 @@ def checkpoint_activations(module: nn.Module) -> None:
     """
     if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
         module.activation_checkpointing_enable({"use_reentrant": False})
-    elif isinstance(module, ModelMixin) and module._supports_gradient_checkpointing:
+    elif isinstance(module, UNet2DConditionModel):
         module.enable_gradient_checkpointing()
     else:
         for child in module.children():
@@ -25,8 +25,8 @@ def checkpoint_activations(module: nn.Module) -> None:
 def halve_frozen(model: nn.Module) -> None:
     """Keep a model's frozen matrices and convolutions in bfloat16, in place; it then runs under autocast.
 
-    Autocast brings products to bfloat16 in any case, so theirs are the same to the bit. Norms are computed in float32,
-    and vectors are few: those stay.
+    Autocast would bring them to bfloat16 for every product anyway. Vectors stay float32: they are few, and a norm takes
+    an input of either type only with weights in float32.
     """
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.dtype == torch.float32 and parameter.dim() >= 2:
