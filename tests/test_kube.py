@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import copy
 import shlex
+import socket
+import time
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import httpx
 import jsonschema
 import pytest
 import yaml
 from kube_schemas import check_manifest
+from ray import serve
+from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage] - what `serve deploy` asks
 from ray.serve.schema import ServeDeploySchema
+from test_serve_ray import picture, png, register_champion
 
+from insightedit.platform.cluster import connected
 from insightedit.platform.config import KubeConfig, RunConfig, load_preset
 from insightedit.platform.errors import UsageError
 from insightedit.platform.kube import QUEUE_LABEL, WORK_FOLDER, Manifest, to_yaml, training_manifests
-from insightedit.serve.kube import serving_manifest
+from insightedit.platform.workdir import Workdir
+from insightedit.serve.client import edit_over_http
+from insightedit.serve.kube import resolved, serve_config, serving_manifest
 from insightedit.serve.settings import ServeSettings
 
 EVERYTHING = (
@@ -220,3 +230,27 @@ def test_a_replica_that_fits_no_pod_is_refused() -> None:
     settings = ServeSettings.model_validate({"editor": {"cpus": 9}})
     with pytest.raises(UsageError, match=r"editor.cpus is 9, more than the 4 of a pod; raise kube.serve.cpus"):
         serving_manifest(KubeConfig(), "editor", "3", (), settings)
+
+
+@pytest.mark.slow
+def test_serve_makes_an_editor_of_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The applications are built from the work folder alone, as the pods build them, and edit."""
+    workdir = Workdir.open(tmp_path / "work")
+    monkeypatch.setenv("INSIGHTEDIT_WORKDIR", str(workdir.root))
+    register_champion(workdir, tmp_path)
+    plain = serve_config(*resolved(workdir, "champion"), ServeSettings())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        plain["http_options"] |= {"host": "127.0.0.1", "port": probe.getsockname()[1]}
+    config = ServeDeploySchema.model_validate(plain)
+    untyped_serve, untyped_client = cast(Any, serve), cast(Any, _get_global_client)
+    with connected(cpus=8):
+        untyped_serve.start(proxy_location="HeadOnly", http_options=config.http_options.model_dump())
+        untyped_client().deploy_apps(config, _blocking=True)
+        url = f"http://127.0.0.1:{config.http_options.port}"
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{url}/readyz").status_code != HTTPStatus.OK and time.monotonic() < deadline:
+            time.sleep(0.5)
+        answer = edit_over_http(url, png(picture()), "remove the red circle", seed=7)
+        untyped_serve.shutdown()
+    assert (answer.model_version, answer.seed) == ("1", 7)
