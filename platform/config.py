@@ -28,6 +28,7 @@ _PACKAGE = "package:"
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 StageNumber = Annotated[int, Field(ge=1, le=len(STAGES))]
+Place = dict[str, str]
 
 
 class _Settings(BaseModel):
@@ -79,6 +80,8 @@ class DataConfig(_Settings):
     """Shards of a dataset whose rows are shuffled together."""
     cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """GiB of shards that each data task keeps in memory; best the shards of a window of every dataset in a stage."""
+    place: Place = {}
+    """Labels of the nodes that prepare and stream data, as in Ray's label selectors: `{group: data}`."""
 
 
 class StageConfig(_Settings):
@@ -140,6 +143,8 @@ class WorkersConfig(_Settings):
     data_cpus: Annotated[float, Field(gt=0)] = 0.5
     steps_per_block: Count = 8
     """Optimiser steps whose samples one data task collates for one worker."""
+    place: Place = {}
+    """Labels of the nodes that train, as in Ray's label selectors: `{group: train}`."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts after a worker died; -1 is without limit. Those after a node was taken away with notice do not count."""
     hang_seconds: Annotated[float, Field(gt=0)] = 1800.0

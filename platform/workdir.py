@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from insightedit.platform.errors import UsageError
 
 ENVIRONMENT_VARIABLE = "INSIGHTEDIT_WORKDIR"
 DEFAULT_FOLDER = "insightedit-work"
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +66,16 @@ class Workdir:
     def serve_state(self) -> Path:
         """What `serve up` started: address, process and version."""
         return self.root / "serve.json"
+
+
+def run_name(name: str | None, preset: str) -> str:
+    """The name of a run: the one that was given, or a new one after the preset.
+
+    Raises:
+        UsageError: it cannot be the name of a folder and of a job.
+    """
+    if name is None:
+        return f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if not _RUN_NAME.fullmatch(name):
+        raise UsageError(f"--name {name} must be letters, digits, '_', '-' and '.', and begin with one of the first two.")
+    return name
