@@ -23,6 +23,10 @@ _UNLIMITED = 1_000_000
 """Nodes of a group without a limit."""
 
 
+class NoRoomError(UsageError):
+    """The cluster, with the nodes it has, is too small for the run."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nodes:
     """Nodes of one kind."""
@@ -84,12 +88,12 @@ def check_room(config: RunConfig, nodes: Sequence[Nodes]) -> None:
     """Check that a run can fit.
 
     Raises:
-        UsageError: it never will; the sentence says what there is.
+        NoRoomError: it never will; the sentence says what there is.
     """
     for phase in needs_of(config):
         for need in phase:
             if (fits := need.fitting(nodes)) < need.count:
-                raise UsageError(
+                raise NoRoomError(
                     f"The cluster has no room: {need}, and {fits} fit; lower that with --set, or add nodes."
                 )
         for name, amounts in {"CPU": [need.cpus for need in phase], "GPU": [need.gpus for need in phase]}.items():
@@ -98,7 +102,7 @@ def check_room(config: RunConfig, nodes: Sequence[Nodes]) -> None:
             there = sum(kind.count * kind.resources.get(name, 0.0) for kind in usable)
             if wanted > there + 1e-6:
                 asked = "; ".join(map(str, phase))
-                raise UsageError(
+                raise NoRoomError(
                     f"The cluster has no room: {asked}; together {wanted:g} {name}s, and the nodes have {there:g}; lower"
                     " that with --set, or add nodes."
                 )

@@ -121,6 +121,12 @@ class StageConfig(_Settings):
     """bf16 runs the modules under autocast; weights and optimiser stay in float32."""
     zero: Literal[2, 3] = 2
     """ZeRO stage of DeepSpeed."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the CPUs' memory: nothing, the optimiser with its step, or the parameters too."""
+    gradient_checkpointing: bool = False
+    """Whether the backward pass computes the blocks' activations again instead of keeping them."""
+    frozen: Literal["fp32", "bf16"] = "fp32"
+    """What the frozen matrices and convolutions are kept in; frozen vectors, such as norms and biases, are float32."""
     checkpoint_every: Count = 500
     """Steps between checkpoints."""
     validate_every: Annotated[int, Field(ge=0)] = 0
@@ -145,6 +151,9 @@ class WorkersConfig(_Settings):
     """Optimiser steps whose samples one data task collates for one worker."""
     place: Place = {}
     """Labels of the nodes that train, as in Ray's label selectors: `{group: train}`."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """What a worker's device can do at best, in 10^12 floating point operations a second at the stages' precision; with
+    it the model FLOPs utilisation is reported."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts after a worker died; -1 is without limit. Those after a node was taken away with notice do not count."""
     hang_seconds: Annotated[float, Field(gt=0)] = 1800.0
@@ -199,6 +208,74 @@ class PromotionConfig(_Settings):
     """By how much a challenger's VIEScore must exceed the champion's."""
 
 
+class TolerationConfig(_Settings):
+    """A taint of nodes that a group's pods put up with, such as a cloud's for spot machines."""
+
+    key: str
+    value: str | None = None
+    """Any value if None."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] = "NoSchedule"
+
+
+class PlacementConfig(_Settings):
+    """Which nodes the pods of a group may run on, and the memory of each."""
+
+    memory_gib: Annotated[float, Field(gt=0)] = 16.0
+    node_selector: dict[str, str] = {}
+    """Labels that a node must have."""
+    tolerations: tuple[TolerationConfig, ...] = ()
+
+
+class PodsConfig(PlacementConfig):
+    """The pods of a group whose number follows from what they have to do."""
+
+    cpus: Count = 4
+
+
+class TrainPodsConfig(PlacementConfig):
+    """The pods of the workers that train."""
+
+    workers: Count = 1
+    """Workers in one pod: on a machine of eight GPUs, eight of one GPU each."""
+    grace_seconds: Count = 110
+    """Time between the notice that a pod will be taken away and its end, for a last checkpoint; below what the cloud
+    gives a spot machine."""
+
+
+class KubeConfig(_Settings):
+    """How a run or a server stands on Kubernetes, in a cluster of its own that KubeRay makes."""
+
+    image: str = "insightedit:0.1.0"
+    """What `deploy/Dockerfile` builds, as the nodes pull it."""
+    image_pull_secrets: tuple[str, ...] = ()
+    namespace: str | None = None
+    """That of the kubectl context if None."""
+    service_account: str | None = None
+    """Of every pod; one that may do nothing in Kubernetes is enough, but for the head where Ray scales by itself."""
+    queue: str | None = None
+    """Kueue's LocalQueue: the run waits, suspended, until the queue has room for all its pods."""
+    token_secret: str | None = None
+    """A Secret whose `auth_token` is the cluster's token; KubeRay makes one of its own if None."""
+    work_claim: str = "insightedit-work"
+    """The PersistentVolumeClaim, ReadWriteMany, that is every pod's work folder."""
+    scratch_gib: Annotated[float, Field(gt=0)] = 100.0
+    """Most that one pod may write to its node's disk: what Ray spills, checkpoints on their way to an object store."""
+    environment: dict[str, str] = {}
+    """Of every pod, such as `AWS_ENDPOINT_URL`."""
+    secrets: tuple[str, ...] = ()
+    """Secrets whose keys become environment variables of every pod, such as those of an object store."""
+    retries: Annotated[int, Field(ge=0)] = 10
+    """Times that a run whose head has died goes on in a new cluster."""
+    head: PodsConfig = PodsConfig()
+    data: PodsConfig = PodsConfig(cpus=8, memory_gib=32)
+    encode: PlacementConfig = PlacementConfig(memory_gib=32)
+    """Pods of the frozen encoders, where `data.encoder_gpus` gives them GPUs."""
+    train: TrainPodsConfig = TrainPodsConfig(memory_gib=64)
+    gateway: PodsConfig = PodsConfig(cpus=2, memory_gib=4)
+    serve: PodsConfig = PodsConfig(cpus=4, memory_gib=32)
+    """Pods of conditioners and editors."""
+
+
 class RunConfig(_Settings):
     """A whole preset."""
 
@@ -211,6 +288,7 @@ class RunConfig(_Settings):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
+    kube: KubeConfig = KubeConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -232,6 +310,12 @@ class RunConfig(_Settings):
                 )
             if stage.zero == 3 and stage.validate_every:
                 raise ValueError(f"{where}.validate_every must be 0 with zero: 3, where no worker has the whole model")
+            if stage.offload == "all" and stage.zero != 3:
+                raise ValueError(f"{where}.offload is all, which needs {where}.zero: 3; or set it to optimizer")
+            if stage.frozen == "bf16" and stage.precision != "bf16":
+                raise ValueError(
+                    f"{where}.frozen is bf16, which needs {where}.precision: bf16, where autocast joins both types"
+                )
         return self
 
     def model_sources(self) -> ModelConfig:
@@ -247,8 +331,10 @@ class RunConfig(_Settings):
     def fingerprint(self, stage: int) -> str:
         """A sha256 over all that the weights after a stage depend on, but for the shards, which have their own."""
         text = self.model_dump(mode="json", include={"seed", "model", "stages"})
-        # What is done about bad steps may change within a run: one that stopped goes on without the batch.
+        # What is done about bad steps may change within a run: one that stopped goes on without the batch. So may what
+        # is computed twice to the same bits: one that ran out of memory goes on.
         quiet = {"checkpoint_every", "validate_every", "log_every", "bad_steps", "spike", "max_bad_steps"}
+        quiet |= {"gradient_checkpointing"}
         stages = {
             key: {name: value for name, value in fields.items() if name not in quiet}
             for key, fields in text["stages"].items()
@@ -277,6 +363,11 @@ def load_preset(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(content)
     except ValidationError as error:
         raise UsageError(_sentence(error, path)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """A resolved config as YAML that `load_preset` reads back; it extends nothing."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def preset_names() -> list[str]:

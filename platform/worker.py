@@ -170,7 +170,7 @@ class StageWorker:
         return iter(shard.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=_PREFETCH))
 
     def _build(self) -> nn.Module:
-        """The model as the stage begins: equal on every rank."""
+        """The model as the stage begins, on the CPU: equal on every rank."""
         torch.manual_seed(self.plan.config.seed)
         model = self.plan.task.build_model()
         if self.number > 1:
@@ -182,7 +182,7 @@ class StageWorker:
         # Dropout differs between ranks; everything else that is random follows from the samples' own seeds.
         seed = np.random.SeedSequence((self.plan.config.seed, self.number, self.layout.rank)).generate_state(1)
         torch.manual_seed(int(seed[0]))
-        return model.to(self.layout.device)
+        return model
 
     def _engine(self) -> Any:
         """DeepSpeed's engine, in the state of the checkpoint."""
@@ -293,7 +293,8 @@ class StageWorker:
             return
         devices = [self.layout.device] if self.layout.device.type == "cuda" else []
         self.model.eval()
-        with torch.random.fork_rng(devices), torch.no_grad():
+        autocast = torch.autocast(self.layout.device.type, torch.bfloat16, enabled=self.config.frozen == "bf16")
+        with torch.random.fork_rng(devices), torch.no_grad(), autocast:
             pictures = self.plan.task.pictures(self.model, self.number)
         self.model.train()
         self.tracker.pictures(step, pictures)
