@@ -23,6 +23,7 @@ from insightedit.platform.leases import claimed
 from insightedit.platform.storage import Store
 from insightedit.platform.tracking import TrackedRun, end_run, start_run
 from insightedit.platform.trainer import (
+    RUN_NAME,
     Progress,
     StageResult,
     TrainingPlan,
@@ -32,8 +33,6 @@ from insightedit.platform.trainer import (
     write_json,
 )
 from insightedit.platform.workdir import Workdir, run_name
-
-_RUN_NAME = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +162,7 @@ def training_plan(
     fingerprints = {dataset.name: dataset.fingerprint for dataset in datasets.values()}
     tracked = start_run(workdir, name, config, fingerprints, continued)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _RUN_NAME, asdict(tracked))
+    write_json(folder / RUN_NAME, asdict(tracked))
     return TrainingPlan(
         name=name,
         workdir=workdir,
@@ -212,7 +211,7 @@ def _numbers(config: RunConfig, stages: Sequence[int] | None) -> list[int]:
 
 def _read_run(folder: Path) -> TrackedRun | None:
     """The MLflow runs of a training that was begun before."""
-    path = folder / _RUN_NAME
+    path = folder / RUN_NAME
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))

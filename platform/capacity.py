@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
+from ray import _raylet
 from ray._private.state import state  # what Ray's own autoscaling of data and training looks at
-from ray._raylet import node_labels_match_selector
 
 from insightedit.platform.config import RunConfig
 from insightedit.platform.errors import UsageError
@@ -54,7 +54,7 @@ class Need:
 
     def may_run_on(self, kind: Nodes) -> bool:
         """Whether nodes have the labels, or may have."""
-        match = cast(Any, node_labels_match_selector)
+        match = cast(Any, _raylet).node_labels_match_selector
         return not self.place or kind.labels is None or bool(match(dict(kind.labels), dict(self.place)))
 
     def _on_one(self, resources: Mapping[str, float]) -> int:
@@ -73,15 +73,20 @@ class Need:
 def needs_of(config: RunConfig) -> list[list[Need]]:
     """What a run needs: while it prepares data, and while it trains."""
     data, workers = config.data, config.workers
-    encoders = {"what": "data.encoder_workers", "count": data.encoder_workers, "gpus": data.encoder_gpus}
     training = Need(
         what="workers.count", count=workers.count, cpus=workers.cpus, gpus=workers.gpus, place=workers.place
     )
     streaming = Need(what="workers.data_cpus", count=1, cpus=workers.data_cpus, gpus=0, place=data.place)
-    if data.encode == "ahead":
-        reading = Need(what="data.read_tasks", count=1, cpus=TASK_CPUS, gpus=0, place=data.place)
-        return [[reading, Need(**encoders, cpus=TASK_CPUS, place=data.place)], [training, streaming]]
-    return [[training, streaming, Need(**encoders, cpus=workers.data_cpus, place=data.place)]]
+    ahead = data.encode == "ahead"
+    encoding = Need(
+        what="data.encoder_workers",
+        count=data.encoder_workers,
+        cpus=TASK_CPUS if ahead else workers.data_cpus,
+        gpus=data.encoder_gpus,
+        place=data.place,
+    )
+    reading = Need(what="data.read_tasks", count=1, cpus=TASK_CPUS, gpus=0, place=data.place)
+    return [[reading, encoding], [training, streaming]] if ahead else [[reading], [training, streaming, encoding]]
 
 
 def check_room(config: RunConfig, nodes: Sequence[Nodes]) -> None:
@@ -91,21 +96,29 @@ def check_room(config: RunConfig, nodes: Sequence[Nodes]) -> None:
         NoRoomError: it never will; the sentence says what there is.
     """
     for phase in needs_of(config):
-        for need in phase:
-            if (fits := need.fitting(nodes)) < need.count:
-                raise NoRoomError(
-                    f"The cluster has no room: {need}, and {fits} fit; lower that with --set, or add nodes."
-                )
-        for name, amounts in {"CPU": [need.cpus for need in phase], "GPU": [need.gpus for need in phase]}.items():
-            wanted = sum(need.count * amount for need, amount in zip(phase, amounts, strict=True))
-            usable = [kind for kind in nodes if any(need.may_run_on(kind) for need in phase)]
-            there = sum(kind.count * kind.resources.get(name, 0.0) for kind in usable)
-            if wanted > there + 1e-6:
-                asked = "; ".join(map(str, phase))
-                raise NoRoomError(
-                    f"The cluster has no room: {asked}; together {wanted:g} {name}s, and the nodes have {there:g}; lower"
-                    " that with --set, or add nodes."
-                )
+        _check_each(phase, nodes)
+        _check_all(phase, nodes)
+
+
+def _check_each(phase: Sequence[Need], nodes: Sequence[Nodes]) -> None:
+    for need in phase:
+        if (fits := need.fitting(nodes)) < need.count:
+            raise NoRoomError(f"The cluster has no room: {need}, and {fits} fit; lower that with --set, or add nodes.")
+
+
+def _check_all(phase: Sequence[Need], nodes: Sequence[Nodes]) -> None:
+    usable = [kind for kind in nodes if any(need.may_run_on(kind) for need in phase)]
+    wanted = {
+        "CPUs": sum(need.count * need.cpus for need in phase),
+        "GPUs": sum(need.count * need.gpus for need in phase),
+    }
+    for name, amount in wanted.items():
+        there = sum(kind.count * kind.resources.get(name[:-1], 0.0) for kind in usable)
+        if amount > there + 1e-6:
+            raise NoRoomError(
+                f"The cluster has no room: {'; '.join(map(str, phase))}; together {amount:g} {name}, and the nodes have"
+                f" {there:g}; lower that with --set, or add nodes."
+            )
 
 
 def nodes_here() -> list[Nodes]:

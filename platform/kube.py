@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import yaml
 
 from insightedit.platform.config import KubeConfig, PlacementConfig, RunConfig, dump_config
 from insightedit.platform.errors import UsageError

@@ -7,6 +7,7 @@ this package as a wheel and the resolved config; the job does what `insightedit 
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import tempfile
@@ -39,6 +40,12 @@ _ANSWERS = {1: InsightEditError, 2: UsageError, 3: GateRefusedError, 4: NotFound
 _NO_START = "RUNTIME_ENV_SETUP_FAILURE"
 """Ray's type of error where a node could not install what travels."""
 _ERROR = "Error: "
+_CHATTY = (
+    "ray._private.runtime_env.packaging",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+)
+"""Loggers of Ray that tell every step of an upload."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +111,8 @@ class Jobs(JobSubmissionClient):
         self.place = address if "://" in address else f"http://{address}"
         # Ray lets its variables win over what it is told.
         os.environ[ADDRESS_VARIABLE] = self.place
+        for chatty in _CHATTY:
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         with _answering(self.place):
             try:
                 super().__init__(self.place)
@@ -208,7 +217,7 @@ def submit(jobs: Jobs, submission: Submission, *, dry_run: bool = False) -> str 
         UsageError: the run's name is taken, the cluster has no room, or the config names a path that is not absolute.
         ClusterError: the cluster does not answer or refuses the token.
     """
-    check_paths(submission.config, submission.workdir)
+    check_paths(submission.config)
     before = jobs.of(submission.run)
     check_name(jobs, submission, before)
     nodes = jobs.nodes()
@@ -236,17 +245,12 @@ def check_name(jobs: Jobs, submission: Submission, before: Sequence[Job]) -> Non
         raise UsageError(_taken(run, "it is a run of another config"))
 
 
-def check_paths(config: RunConfig, workdir: str) -> None:
+def check_paths(config: RunConfig) -> None:
     """Check that what the config names means the same on every node.
 
     Raises:
         UsageError: a path depends on where this command runs.
     """
-    if "://" in workdir:
-        raise UsageError(
-            f"--workdir {workdir} must be a folder that all nodes share; only shards (data.store) and checkpoints"
-            " (checkpoints.store) can lie in an object store."
-        )
     sources = asdict(config.model.sources)
     paths = {f"model.sources.{part}": source for part, source in sources.items() if source.startswith((".", "~"))}
     roots = {name: dataset.options.get("root") for name, dataset in config.data.datasets.items()}

@@ -41,6 +41,9 @@ from insightedit.platform.workdir import Workdir
 
 WEIGHTS_NAME = "weights.safetensors"
 RESULT_NAME = "stage.json"
+RUN_NAME = "run.json"
+"""In a run's folder: its runs in MLflow."""
+PROGRESS_NAME = "progress.json"
 _PROGRESS_SECONDS = 0.5
 
 
@@ -88,7 +91,7 @@ class TrainingPlan:
     @property
     def progress(self) -> Path:
         """Where rank 0 says how far it is."""
-        return self.folder / "progress.json"
+        return self.folder / PROGRESS_NAME
 
     def fingerprint(self, number: int) -> str:
         """A sha256 over all that the weights after a stage depend on; a run goes on only under the same."""

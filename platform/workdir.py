@@ -29,13 +29,28 @@ class Workdir:
             path: the folder; without it `INSIGHTEDIT_WORKDIR`, then `./insightedit-work`.
 
         Raises:
-            UsageError: the path exists and is not a folder.
+            UsageError: the path exists and is not a folder, or is a URI.
         """
-        root = Path(path or os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_FOLDER).expanduser().absolute()
+        root = cls.place(path)
         if root.exists() and not root.is_dir():
             raise UsageError(f"--workdir {root} is a file; name a folder instead.")
         root.mkdir(parents=True, exist_ok=True)
         return cls(root)
+
+    @staticmethod
+    def place(path: str | Path | None = None) -> Path:
+        """Where the work folder is; on a cluster it may not be seen from here.
+
+        Raises:
+            UsageError: it is a URI.
+        """
+        place = Path(path or os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_FOLDER)
+        if place.parts[0].endswith(":"):
+            raise UsageError(
+                f"--workdir {place} must be a folder; only shards (data.store) and checkpoints (checkpoints.store) can"
+                " lie in an object store."
+            )
+        return place.expanduser().absolute()
 
     @property
     def tracking_uri(self) -> str:
@@ -77,5 +92,7 @@ def run_name(name: str | None, preset: str) -> str:
     if name is None:
         return f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if not _RUN_NAME.fullmatch(name):
-        raise UsageError(f"--name {name} must be letters, digits, '_', '-' and '.', and begin with one of the first two.")
+        raise UsageError(
+            f"--name {name} must be letters, digits, '_', '-' and '.', and begin with one of the first two."
+        )
     return name

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__
+from insightedit import __version__, cli_cluster
 from insightedit.console import (
     Group,
     Session,
@@ -327,6 +327,12 @@ def _show_training(result: TrainingResult, version: str | None) -> Iterable[str]
     yield f"run {result.name}, pipeline {result.folder}"
     if version is not None:
         yield f"version {version}: `insightedit evaluate {version}`, then `insightedit promote {version}`"
+
+
+# -- on a cluster ---------------------------------------------------------------------------------------------------
+
+for command in cli_cluster.COMMANDS:
+    cli.add_command(command)
 
 
 # -- model versions -------------------------------------------------------------------------------------------------
