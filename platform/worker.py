@@ -49,6 +49,7 @@ from insightedit.platform.saving import CheckpointSaver
 from insightedit.platform.streams import write_start
 from insightedit.platform.surveillance import Notices, Watchdog
 from insightedit.platform.tracking import StageTracker
+from insightedit.platform.train_metrics import TrainMetrics
 from insightedit.platform.trainer import (
     RESULT_NAME,
     Progress,
@@ -115,6 +116,7 @@ class StageWorker:
         )
         self.curve = Curve()
         self.tracker = StageTracker(plan.tracking, number) if plan.tracking and self._is_first else None
+        self.metrics = TrainMetrics(plan.name, number) if self._is_first else None
         self._restore_loop()
 
     @property
@@ -243,8 +245,9 @@ class StageWorker:
 
     def _log(self, point: Point) -> None:
         """Add a point to the curves."""
-        if not self._is_first:
+        if self.metrics is None:
             return
+        self.metrics.show(point.step, self.config.steps, point.losses, point.figures)
         self.curve.add(point)
         entry = asdict(point)
         entry["figures"] |= self.plan.task.diagnostics(self.model)
