@@ -20,6 +20,7 @@ import yaml
 from insightedit.platform.config import KubeConfig, PlacementConfig, RunConfig, dump_config
 from insightedit.platform.errors import UsageError
 from insightedit.platform.ingest import TASK_CPUS
+from insightedit.platform.submission import check_paths
 from insightedit.platform.workdir import ENVIRONMENT_VARIABLE
 
 Manifest = dict[str, Any]
@@ -57,20 +58,19 @@ class PodGroup:
     """With it, Ray is told when a pod is about to be deleted, so long before its end."""
 
 
-def training_manifests(config: RunConfig, name: str, stages: Sequence[int] = ()) -> list[Manifest]:
+def training_manifests(config: RunConfig, name: str) -> list[Manifest]:
     """What `kubectl apply` makes a run of.
 
     Args:
         config: of the run; its sources must exist in the image, in the work folder or on the hub.
         name: of the run, of the RayJob and of the ConfigMap beside it.
-        stages: as `train --stage`.
 
     Raises:
-        UsageError: Kubernetes cannot take the name, or the pods do not come out even.
+        UsageError: Kubernetes cannot take the name, the config names a path that is not absolute, or the pods do not
+            come out even.
     """
     command = ["insightedit", "train", f"{CONFIG_FOLDER}/run.yaml", "--name", check_name(name)]
-    for stage in stages:
-        command += ["--stage", str(stage)]
+    check_paths(config)
     kube = config.kube
     spec: Manifest = {
         "entrypoint": shlex.join(command),
@@ -88,10 +88,17 @@ def training_manifests(config: RunConfig, name: str, stages: Sequence[int] = ())
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": metadata(kube, name),
-            "data": {"run.yaml": dump_config(config)},
+            "data": {"run.yaml": dump_config(placed(config))},
         },
         {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata(kube, name, queued=True), "spec": spec},
     ]
+
+
+def placed(config: RunConfig) -> RunConfig:
+    """The config with its data tasks and its workers on the pods that are for them, unless it says where they go."""
+    data = config.data.model_copy(update={"place": config.data.place or {"group": "data"}})
+    workers = config.workers.model_copy(update={"place": config.workers.place or {"group": "train"}})
+    return config.model_copy(update={"data": data, "workers": workers})
 
 
 def training_groups(config: RunConfig) -> list[PodGroup]:

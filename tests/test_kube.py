@@ -23,7 +23,7 @@ from test_serve_ray import picture, png, register_champion
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import KubeConfig, RunConfig, load_preset
 from insightedit.platform.errors import UsageError
-from insightedit.platform.kube import QUEUE_LABEL, WORK_FOLDER, Manifest, to_yaml, training_manifests
+from insightedit.platform.kube import QUEUE_LABEL, WORK_FOLDER, Manifest, placed, to_yaml, training_manifests
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.client import edit_over_http
 from insightedit.serve.kube import resolved, serve_config, serving_manifest
@@ -102,13 +102,15 @@ def test_the_schema_would_refuse_a_wrong_field(where: str) -> None:
 
 def test_the_entrypoint_trains_the_resolved_config_under_the_runs_name(tmp_path: Path) -> None:
     config = load_preset("nano", EVERYTHING)
-    config_map, job = training_manifests(config, "mine", stages=[2, 3])
+    config_map, job = training_manifests(config, "mine")
     program, command, file, *options = shlex.split(job["spec"]["entrypoint"])
-    assert (program, command, options) == ("insightedit", "train", ["--name", "mine", "--stage", "2", "--stage", "3"])
+    assert (program, command, options) == ("insightedit", "train", ["--name", "mine"])
     folder, _, key = file.rpartition("/")
     written = tmp_path / key
     written.write_text(config_map["data"][key])
-    assert load_preset(written) == config
+    resolved_config = load_preset(written)
+    assert resolved_config == placed(config)
+    assert resolved_config.fingerprint(3) == config.fingerprint(3)
 
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
     (mount,) = [one for one in container_of(head)["volumeMounts"] if one["mountPath"] == folder]
@@ -151,6 +153,16 @@ def test_the_groups_are_what_the_config_asks_for() -> None:
         {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
     ]
     assert "tolerations" not in groups["data"]["template"]["spec"]
+
+
+def test_processes_go_to_the_pods_that_are_for_them() -> None:
+    config, job = run_job("data.encoder_gpus=1")
+    groups = groups_of(job["spec"]["rayClusterSpec"])
+    labels = {name: group["labels"] for name, group in groups.items()}
+    assert labels["data"] == labels["encode"] == placed(config).data.place
+    assert labels["train"] == placed(config).workers.place
+    elsewhere = load_preset("nano", ["data.place={zone: a}"])
+    assert placed(elsewhere).data.place == {"zone": "a"}
 
 
 def test_encoders_without_gpus_work_on_the_data_pods() -> None:
@@ -219,6 +231,7 @@ def test_serving_pods_hold_every_replica_there_may_be() -> None:
         ((), "1st", "a letter first"),
         (("kube.train.workers=3",), "mine", "kube.train.workers is 3, which does not divide workers.count 2"),
         (("workers.gpus=0.5",), "mine", "a pod would have 0.5 GPUs"),
+        (("checkpoints.store=here",), "mine", "checkpoints.store is here: on a cluster, name a folder"),
     ],
 )
 def test_what_kubernetes_cannot_take_is_refused(overrides: tuple[str, ...], name: str, message: str) -> None:
