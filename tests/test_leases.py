@@ -55,7 +55,8 @@ def claim(run: Path, seconds: float) -> subprocess.Popen[str]:
     go = run.parent / "go"
     go.touch()
     owner = process(CLAIM, run, run.parent / "ready", go, seconds)
-    assert owner.stdout and owner.stdout.readline().startswith("mine")
+    assert owner.stdout
+    assert owner.stdout.readline().startswith("mine")
     return owner
 
 
@@ -82,7 +83,8 @@ def test_a_run_that_was_given_back_is_free(tmp_path: Path) -> None:
             assert is_owned(tmp_path)
         assert not is_owned(tmp_path)
         owner = owner_of(tmp_path)
-        assert owner and (owner.config, owner.released) == (f"config-{number}", True)
+        assert owner
+        assert (owner.config, owner.released) == (f"config-{number}", True)
 
 
 def test_a_run_whose_process_was_killed_is_free_at_once(tmp_path: Path) -> None:
@@ -141,7 +143,8 @@ def test_a_worker_ends_with_its_owner(tmp_path: Path, event: str) -> None:
     with claimed(tmp_path, "config") as lease:
         # The owner beats every three seconds: with the longer patience only a takeover ends the worker.
         worker = process(FENCED, lease.folder, 3600 if event == "taken over" else 0.5)
-        assert worker.stdout and worker.stdout.readline()
+        assert worker.stdout
+        assert worker.stdout.readline()
         if event == "taken over":
             (lease.folder / "000002.json").write_text(json.dumps({}))
         assert worker.wait(30) == 70
