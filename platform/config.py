@@ -214,6 +214,74 @@ class PromotionConfig(_Settings):
     """By how much a challenger's VIEScore must exceed the champion's."""
 
 
+class TolerationConfig(_Settings):
+    """A taint of nodes that a group's pods put up with, such as a cloud's for spot machines."""
+
+    key: str
+    value: str | None = None
+    """Any value if None."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] = "NoSchedule"
+
+
+class PlacementConfig(_Settings):
+    """Which nodes the pods of a group may run on, and the memory of each."""
+
+    memory_gib: Annotated[float, Field(gt=0)] = 16.0
+    node_selector: dict[str, str] = {}
+    """Labels that a node must have."""
+    tolerations: tuple[TolerationConfig, ...] = ()
+
+
+class PodsConfig(PlacementConfig):
+    """The pods of a group whose number follows from what they have to do."""
+
+    cpus: Count = 4
+
+
+class TrainPodsConfig(PlacementConfig):
+    """The pods of the workers that train."""
+
+    workers: Count = 1
+    """Workers in one pod: on a machine of eight GPUs, eight of one GPU each."""
+    grace_seconds: Count = 110
+    """Time between the notice that a pod will be taken away and its end, for a last checkpoint; below what the cloud
+    gives a spot machine."""
+
+
+class KubeConfig(_Settings):
+    """How a run or a server stands on Kubernetes, in a cluster of its own that KubeRay makes."""
+
+    image: str = "insightedit:0.1.0"
+    """What `deploy/Dockerfile` builds, as the nodes pull it."""
+    image_pull_secrets: tuple[str, ...] = ()
+    namespace: str | None = None
+    """That of the kubectl context if None."""
+    service_account: str | None = None
+    """Of every pod; one that may do nothing in Kubernetes is enough, but for the head where Ray scales by itself."""
+    queue: str | None = None
+    """Kueue's LocalQueue: the run waits, suspended, until the queue has room for all its pods."""
+    token_secret: str | None = None
+    """A Secret whose `auth_token` is the cluster's token; KubeRay makes one of its own if None."""
+    work_claim: str = "insightedit-work"
+    """The PersistentVolumeClaim, ReadWriteMany, that is every pod's work folder."""
+    scratch_gib: Annotated[float, Field(gt=0)] = 100.0
+    """Most that one pod may write to its node's disk: what Ray spills, checkpoints on their way to an object store."""
+    environment: dict[str, str] = {}
+    """Of every pod, such as `AWS_ENDPOINT_URL`."""
+    secrets: tuple[str, ...] = ()
+    """Secrets whose keys become environment variables of every pod, such as those of an object store."""
+    retries: Annotated[int, Field(ge=0)] = 10
+    """Times that a run whose head has died goes on in a new cluster."""
+    head: PodsConfig = PodsConfig()
+    data: PodsConfig = PodsConfig(cpus=8, memory_gib=32)
+    encode: PlacementConfig = PlacementConfig(memory_gib=32)
+    """Pods of the frozen encoders, where `data.encoder_gpus` gives them GPUs."""
+    train: TrainPodsConfig = TrainPodsConfig(memory_gib=64)
+    gateway: PodsConfig = PodsConfig(cpus=2, memory_gib=4)
+    serve: PodsConfig = PodsConfig(cpus=4, memory_gib=32)
+    """Pods of conditioners and editors."""
+
+
 class RunConfig(_Settings):
     """A whole preset."""
 
@@ -226,6 +294,7 @@ class RunConfig(_Settings):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
+    kube: KubeConfig = KubeConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
