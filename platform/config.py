@@ -165,6 +165,11 @@ class WorkersConfig(_Settings):
         least, most = (self.count, self.count) if isinstance(self.count, int) else self.count
         return range(least, most + 1)
 
+    @property
+    def shown(self) -> str:
+        """The number or the range, as it is written."""
+        return str(self.count) if isinstance(self.count, int) else str(list(self.count))
+
 
 class CheckpointsConfig(_Settings):
     """What is kept of a running stage."""
@@ -309,7 +314,7 @@ class RunConfig(_Settings):
                 if idle := parts.keys() - STAGES[number].trains:
                     trained = ", ".join(sorted(STAGES[number].trains))
                     raise ValueError(f"{where}.{field} names {sorted(idle)[0]!r}; the stage trains {trained}")
-            _check_divides(f"{where}.global_batch", stage.global_batch, self.workers.sizes)
+            _check_divides(f"{where}.global_batch", stage.global_batch, self.workers)
             if stage.zero == 3 and stage.validate_every:
                 raise ValueError(f"{where}.validate_every must be 0 with zero: 3, where no worker has the whole model")
         return self
@@ -373,19 +378,16 @@ def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value
 
 
-def _check_divides(field: str, batch: int, sizes: range) -> None:
+def _check_divides(field: str, batch: int, workers: WorkersConfig) -> None:
     """Check that each number of workers takes an equal share of a batch.
 
     Raises:
         ValueError: one does not; the sentence names those that do.
     """
-    if wrong := [size for size in sizes if batch % size]:
-        count = str(sizes[0]) if len(sizes) == 1 else f"[{sizes[0]}, {sizes[-1]}]"
-        which = "" if len(sizes) == 1 else f" with {' or '.join(map(str, wrong))} workers"
-        fit = [str(size) for size in range(1, batch + 1) if batch % size == 0]
-        raise ValueError(
-            f"{field} is {batch}, which workers.count {count} does not divide{which}; {', '.join(fit)} workers do"
-        )
+    if wrong := [size for size in workers.sizes if batch % size]:
+        which = "" if isinstance(workers.count, int) else f" with {' or '.join(map(str, wrong))} workers"
+        fit = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
+        raise ValueError(f"{field} is {batch}, which workers.count {workers.shown} does not divide{which}; {fit} do")
 
 
 def _find(source: str) -> Path:

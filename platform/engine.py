@@ -82,7 +82,6 @@ def start_engine(
     micro_batch: int,
     accumulation: int,
     device: torch.device,
-    resized: bool = False,
 ) -> Any:
     """Give a stage's model to DeepSpeed; `torch.distributed` is up already.
 
@@ -93,7 +92,6 @@ def start_engine(
         micro_batch: samples that a rank takes at once.
         accumulation: micro-batches of an optimiser step.
         device: where the model is.
-        resized: whether it will be loaded with `load_resized_state`.
     """
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -101,7 +99,6 @@ def start_engine(
         "gradient_clipping": config.clip,
         "zero_optimization": _zero_settings(config.zero, device),
         "steps_per_print": 2**31,
-        "checkpoint": {"load_universal": resized},
     }
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(
@@ -285,13 +282,13 @@ def load_resized_state(engine: Any, folder: Path, universal: Path, rank: int, se
     Weights and optimiser are the same. A rank that there was draws on from where it was; others begin with a seed.
 
     Args:
-        engine: started with `resized`.
+        engine: DeepSpeed's, not trained yet.
         folder: what `snapshot_state` wrote, verified.
         universal: what was made of it by `insightedit.platform.universal.make_universal`.
         rank: of this process.
         seed: for a rank that there was not, its own.
     """
-    load_universal(engine, universal)
+    load_universal(engine, universal, trained_parameters(engine.module))
     own = folder / _random_name(rank)
     if own.is_file():
         _restore_random_state(torch.load(own, weights_only=True), engine.device)

@@ -2,7 +2,7 @@
 
 Each of ZeRO's files holds one rank's part of the flattened parameters and optimiser, and loads at that number of ranks
 alone. A universal checkpoint has a file for each parameter and each of its moments, whole, of which any number of ranks
-take their parts. Both ways are DeepSpeed's own; nothing is rounded.
+take their parts. Nothing is rounded on the way.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ import argparse
 import contextlib
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from deepspeed.checkpoint import ds_to_universal
-from torch import Tensor
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+from torch import Tensor, nn
 
 from insightedit.platform.errors import InsightEditError
 
 STATE = "state"
 """The folder, in a checkpoint's, that DeepSpeed's files are in."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of Adam."""
 _SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
@@ -58,25 +62,68 @@ def make_universal(checkpoint: Path, folder: Path, world: int) -> None:
         cast(Any, ds_to_universal).main(settings)
 
 
-def load_universal(engine: Any, folder: Path) -> None:
-    """Restore weights and optimiser from what `make_universal` made; the engine was started for that."""
-    groups = [
-        {name: value for name, value in group.items() if name != "params"} for group in engine.optimizer.param_groups
-    ]
-    engine.load_checkpoint(str(folder), tag=STATE)
-    optimizer = engine.optimizer.optimizer
-    # With ZeRO-3 DeepSpeed gives all groups the first one's settings, and all parameters one and the same step counter.
-    for group, own in zip(optimizer.param_groups, groups, strict=True):
-        group.update(own)
-    for state in optimizer.state.values():
-        if isinstance(step := state.get("step"), Tensor):
-            state["step"] = step.to(state["exp_avg"].device, copy=True)
-    _load_buffers(engine.module, folder)
+def load_universal(engine: Any, folder: Path, trained: Mapping[str, nn.Parameter]) -> None:
+    """Restore weights and optimiser of a fresh engine from what `make_universal` made.
+
+    Args:
+        engine: DeepSpeed's.
+        folder: see `make_universal`.
+        trained: the engine's parameters that train, by name.
+    """
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        _load_zero3(engine.optimizer, folder / STATE)
+    else:
+        _load_zero2(engine.optimizer, folder / STATE / "zero", trained)
+    _load_buffers(engine.module, folder / STATE)
 
 
-def _load_buffers(module: torch.nn.Module, folder: Path) -> None:
-    """Restore what is state and no parameter, such as running means: DeepSpeed does not."""
-    file = min((folder / STATE).glob("*model_states.pt"))
+def _load_zero3(optimizer: Any, folder: Path) -> None:
+    """With DeepSpeed's own loader, and what it does wrong put right.
+
+    It gives all groups of parameters the first one's settings, and all parameters one and the same counter of steps,
+    which each of them would then move.
+    """
+    groups = optimizer.optimizer.param_groups
+    own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    optimizer.checkpoint_event_prologue()
+    optimizer.load_state_dict(None, checkpoint_folder=str(folder))
+    optimizer.checkpoint_event_epilogue()
+    for group, settings in zip(groups, own, strict=True):
+        group.update(settings)
+    for state in optimizer.optimizer.state.values():
+        state["step"] = _counter(state["step"], state["exp_avg"])
+
+
+def _load_zero2(optimizer: Any, folder: Path, trained: Mapping[str, nn.Parameter]) -> None:
+    """DeepSpeed's own loader fails on a rank that has no part of some group, as where there are few biases."""
+    inner = optimizer.optimizer
+    step = torch.load(folder / next(iter(trained)) / "step.pt", weights_only=True)
+    for group in inner.param_groups:
+        (flat,) = group["params"]
+        inner.state[flat] = {key: torch.zeros_like(flat) for key in _MOMENTS} | {"step": _counter(step, flat)}
+    # Tell the parameters where their parts of it are.
+    optimizer._hp_optimizer_states_linked = False
+    optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in trained.items():
+        safe_set_full_fp32_param(parameter, _whole(folder / name / "fp32.pt"))
+        for key in _MOMENTS:
+            safe_set_full_optimizer_state(parameter, _whole(folder / name / f"{key}.pt"), key)
+    optimizer.update_lp_params()
+
+
+def _whole(file: Path) -> Tensor:
+    """A whole parameter or moment of it."""
+    return torch.load(file, map_location="cpu", weights_only=True)["param"]
+
+
+def _counter(step: Any, beside: Tensor) -> Any:
+    """A counter of steps that nobody shares, on a tensor's device."""
+    return step.to(beside.device, copy=True) if isinstance(step, Tensor) else step
+
+
+def _load_buffers(module: nn.Module, folder: Path) -> None:
+    """Restore what is state and no parameter, such as running means: universal checkpoints have none of it."""
+    file = min(folder.glob("*model_states.pt"))
     kept = torch.load(file, map_location="cpu", weights_only=False)["module"]
     buffers = dict(module.named_buffers())
     module.load_state_dict({name: value for name, value in kept.items() if name in buffers}, strict=False)

@@ -191,7 +191,6 @@ class StageWorker:
         layout, checkpoint = self.layout, self.checkpoint
         if checkpoint is not None:
             check_resumable(checkpoint.info, self._info(self.start), self.plan.name, self.plan.config.workers.sizes)
-        resized = checkpoint is not None and checkpoint.info.world_size != layout.world
         scale = float(layout.world * layout.accumulation)
         engine = start_engine(
             StageLosses(self.model, self.number, self.config, self.names, scale),
@@ -200,14 +199,13 @@ class StageWorker:
             micro_batch=layout.micro_batch,
             accumulation=layout.accumulation,
             device=layout.device,
-            resized=resized,
         )
         if checkpoint is not None:
-            if resized:
-                self._load_resized(engine, checkpoint)
-            else:
+            if checkpoint.info.world_size == layout.world:
                 load_state(engine, checkpoint.folder, layout.rank)
                 dist.barrier()
+            else:
+                self._load_resized(engine, checkpoint)
             self.store.release()
         return engine
 

@@ -82,7 +82,7 @@ def test_overrides_change_single_values() -> None:
         ("stages.1.losses={L_LLM: 1}", ("stages.1.losses", "L_IB")),
         ("stages.1.losses.L_diff1=1", ("stages.1.losses", "L_TB")),
         ("stages.3.datasets={other: 1}", ("stages.3.datasets", "'other'")),
-        ("stages.1.global_batch=31", ("stages.1.global_batch", "31", "workers.count 2", "; 1, 31 workers do.")),
+        ("stages.1.global_batch=31", ("stages.1.global_batch", "31", "workers.count 2", "; 1, 31 do.")),
         (
             "workers.count=[2, 5]",
             ("stages.1.global_batch is 32", "[2, 5]", "with 3 or 5 workers", "16, 32 workers do."),

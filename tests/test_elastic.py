@@ -63,7 +63,7 @@ def stage_config(zero: int) -> StageConfig:
 class Ranked:
     """One of several ranks that train the toy model under DeepSpeed."""
 
-    def __init__(self, zero: int, rank: int, world: int, resized: bool) -> None:
+    def __init__(self, zero: int, rank: int, world: int) -> None:
         self.config = stage_config(zero)
         size = micro_batch_size(BATCH, world, self.config.micro_batch)
         self.layout = Layout(
@@ -84,7 +84,6 @@ class Ranked:
             micro_batch=size,
             accumulation=self.layout.accumulation,
             device=self.layout.device,
-            resized=resized,
         )
 
     def train(self, steps: range) -> None:
@@ -122,7 +121,7 @@ def ranked(rank: int, world: int, folder: str, resume: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world)
     for zero in ZEROS:
-        one, kept = Ranked(zero, rank, world, resume), place / f"zero-{zero}"
+        one, kept = Ranked(zero, rank, world), place / f"zero-{zero}"
         if resume:
             load_resized_state(one.engine, kept, place / f"universal-{zero}", rank, 100 + rank)
             torch.save(one.state(), place / f"loaded-{zero}-{world}-{rank}")

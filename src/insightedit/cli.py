@@ -308,17 +308,12 @@ def _registered(result: TrainingResult, config: RunConfig) -> str | None:
     return registry.register(result.folder, result.run_id, tags).version
 
 
-def _span(sizes: range) -> str:
-    """A number, or the ends of a range."""
-    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-
-
 def _show_plan(config: RunConfig, stages: Sequence[int]) -> Iterable[str]:
     """A config as YAML, after comments on what would be done with it."""
     import yaml
 
     workers = config.workers
-    yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {_span(workers.sizes)} workers of"
+    yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {workers.shown} workers of"
     yield f"# {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
     content = config.model_dump(mode="json")
     content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
