@@ -129,6 +129,12 @@ class StageConfig(_Settings):
     """bf16 runs the modules under autocast; weights and optimiser stay in float32."""
     zero: Literal[2, 3] = 2
     """ZeRO stage of DeepSpeed."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the CPUs' memory: nothing, the optimiser with its step, or the parameters too."""
+    gradient_checkpointing: bool = False
+    """Whether the backward pass computes the blocks' activations again instead of keeping them."""
+    frozen: Literal["fp32", "bf16"] = "fp32"
+    """What the frozen matrices and convolutions are kept in; frozen vectors, such as norms and biases, are float32."""
     checkpoint_every: Count = 500
     """Steps between checkpoints."""
     validate_every: Annotated[int, Field(ge=0)] = 0
@@ -154,6 +160,9 @@ class WorkersConfig(_Settings):
     data_cpus: Annotated[float, Field(gt=0)] = 0.5
     steps_per_block: Count = 8
     """Optimiser steps whose samples one data task collates for one worker."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """What a worker's device can do at best, in 10^12 floating point operations a second at the stages' precision; with
+    it the model FLOPs utilisation is reported."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts after a worker died; -1 is without limit. Those after a node was taken away with notice do not count."""
     hang_seconds: Annotated[float, Field(gt=0)] = 1800.0
@@ -317,6 +326,12 @@ class RunConfig(_Settings):
             _check_divides(f"{where}.global_batch", stage.global_batch, self.workers)
             if stage.zero == 3 and stage.validate_every:
                 raise ValueError(f"{where}.validate_every must be 0 with zero: 3, where no worker has the whole model")
+            if stage.offload == "all" and stage.zero != 3:
+                raise ValueError(f"{where}.offload is all, which needs {where}.zero: 3; or set it to optimizer")
+            if stage.frozen == "bf16" and stage.precision != "bf16":
+                raise ValueError(
+                    f"{where}.frozen is bf16, which needs {where}.precision: bf16, where autocast joins both types"
+                )
         return self
 
     def model_sources(self) -> ModelConfig:
@@ -332,8 +347,10 @@ class RunConfig(_Settings):
     def fingerprint(self, stage: int) -> str:
         """A sha256 over all that the weights after a stage depend on, but for the shards, which have their own."""
         text = self.model_dump(mode="json", include={"seed", "model", "stages"})
-        # What is done about bad steps may change within a run: one that stopped goes on without the batch.
+        # What is done about bad steps may change within a run: one that stopped goes on without the batch. So may what
+        # is computed twice to the same bits: one that ran out of memory goes on.
         quiet = {"checkpoint_every", "validate_every", "log_every", "bad_steps", "spike", "max_bad_steps"}
+        quiet |= {"gradient_checkpointing"}
         stages = {
             key: {name: value for name, value in fields.items() if name not in quiet}
             for key, fields in text["stages"].items()

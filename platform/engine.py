@@ -20,6 +20,7 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
 from insightedit.model.losses import LossTerm
+from insightedit.model.memory import checkpoint_activations, halve_frozen
 from insightedit.model.stages import Part
 from insightedit.platform.config import StageConfig
 from insightedit.platform.errors import InsightEditError
@@ -83,21 +84,29 @@ def start_engine(
     accumulation: int,
     device: torch.device,
 ) -> Any:
-    """Give a stage's model to DeepSpeed; `torch.distributed` is up already.
+    """Give a stage's model to DeepSpeed, as lean as the config says; `torch.distributed` is up already.
 
     Args:
-        losses: around the model.
+        losses: around the model, on the CPU.
         config: of the stage.
         part_of: names the part that one of the model's parameters belongs to, by the parameter's name.
         micro_batch: samples that a rank takes at once.
         accumulation: micro-batches of an optimiser step.
-        device: where the model is.
+        device: where the model goes.
     """
+    if config.gradient_checkpointing:
+        checkpoint_activations(losses)
+    if config.frozen == "bf16":
+        # Before it moves: a large model fits a GPU only so.
+        halve_frozen(losses)
+    losses.to(device)
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.clip,
-        "zero_optimization": _zero_settings(config.zero, device),
+        "zero_optimization": _zero_settings(config, device),
+        # Torch's own optimiser works on a CPU as it is; DeepSpeed's wants a compiler on every machine.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
     fused = device.type in ("cpu", "cuda")
@@ -108,11 +117,16 @@ def start_engine(
     return initialize(model=losses, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
 
-def _zero_settings(stage: int, device: torch.device) -> dict[str, Any]:
-    settings: dict[str, Any] = {"stage": stage, "overlap_comm": device.type == "cuda"}
-    if stage == 2 and device.type == "cpu":
+def _zero_settings(config: StageConfig, device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    settings: dict[str, Any] = {"stage": config.zero, "overlap_comm": on_gpu}
+    if config.zero == 2 and not on_gpu:
         # Copying every gradient into one buffer first costs a third of a small model's step on a CPU.
         settings["contiguous_gradients"] = False
+    if config.offload != "none":
+        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if config.offload == "all":
+        settings["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     return settings
 
 

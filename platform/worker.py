@@ -49,6 +49,7 @@ from insightedit.platform.saving import CheckpointSaver
 from insightedit.platform.streams import write_start
 from insightedit.platform.surveillance import Notices, Watchdog
 from insightedit.platform.tracking import StageTracker
+from insightedit.platform.train_metrics import TrainMetrics
 from insightedit.platform.trainer import (
     RESULT_NAME,
     Progress,
@@ -113,6 +114,7 @@ class StageWorker:
         )
         self.curve = Curve()
         self.tracker = StageTracker(plan.tracking, number) if plan.tracking and self._is_first else None
+        self.metrics = TrainMetrics(plan.name, number) if self._is_first else None
         self._restore_loop()
 
     @property
@@ -168,7 +170,7 @@ class StageWorker:
         return iter(shard.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=_PREFETCH))
 
     def _build(self) -> nn.Module:
-        """The model as the stage begins: equal on every rank."""
+        """The model as the stage begins, on the CPU: equal on every rank."""
         torch.manual_seed(self.plan.config.seed)
         model = self.plan.task.build_model()
         if self.number > 1:
@@ -179,7 +181,7 @@ class StageWorker:
         model.train()
         # Dropout differs between ranks; everything else that is random follows from the samples' own seeds.
         torch.manual_seed(self._seed())
-        return model.to(self.layout.device)
+        return model
 
     def _seed(self) -> int:
         """This rank's own, at the step it begins with."""
@@ -259,8 +261,9 @@ class StageWorker:
 
     def _log(self, point: Point) -> None:
         """Add a point to the curves."""
-        if not self._is_first:
+        if self.metrics is None:
             return
+        self.metrics.show(point.step, self.config.steps, point.losses, point.figures)
         self.curve.add(point)
         entry = asdict(point)
         entry["figures"] |= self.plan.task.diagnostics(self.model)
@@ -309,7 +312,8 @@ class StageWorker:
             return
         devices = [self.layout.device] if self.layout.device.type == "cuda" else []
         self.model.eval()
-        with torch.random.fork_rng(devices), torch.no_grad():
+        autocast = torch.autocast(self.layout.device.type, torch.bfloat16, enabled=self.config.frozen == "bf16")
+        with torch.random.fork_rng(devices), torch.no_grad(), autocast:
             pictures = self.plan.task.pictures(self.model, self.number)
         self.model.train()
         self.tracker.pictures(step, pictures)
