@@ -75,7 +75,8 @@ class Ranked:
         )
         torch.manual_seed(0)
         self.model = toy.ToyModel(0.0)
-        self.model.register_buffer("seen", torch.zeros(1))
+        self.seen = torch.zeros(1)
+        self.model.register_buffer("seen", self.seen)
         self.model.begin_stage(2)
         self.engine: Any = start_engine(
             StageLosses(self.model, 2, self.config, ("L_MLLM", "L_IAA", "L_diff1"), float(BATCH // size)),
@@ -85,6 +86,7 @@ class Ranked:
             accumulation=self.layout.accumulation,
             device=self.layout.device,
         )
+        torch.manual_seed(rank)
 
     def train(self, steps: range) -> None:
         for step in steps:
@@ -99,7 +101,7 @@ class Ranked:
                 loss, _ = self.engine(batch, torch.full((3,), float(BATCH)))
                 self.engine.backward(loss)
                 self.engine.step()
-            self.model.seen += 1
+            self.seen += 1
 
     def state(self) -> dict[str, Tensor]:
         """Whole weights and moments, and what else there is."""
@@ -107,7 +109,7 @@ class Ranked:
             # DeepSpeed links them after the first group's first step, when the other groups have none yet.
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-        found: dict[str, Tensor] = {"seen": self.model.seen.clone(), "random": torch.rand(3)}
+        found: dict[str, Tensor] = {"seen": self.seen.clone(), "random": torch.rand(3)}
         for name, parameter in trained_parameters(self.model).items():
             found[name] = cast(Tensor, safe_get_full_fp32_param(parameter)).clone()
             for key in ("exp_avg", "exp_avg_sq"):
