@@ -85,7 +85,7 @@ def test_overrides_change_single_values() -> None:
         ("stages.1.global_batch=31", ("stages.1.global_batch", "31", "workers.count 2", "; 1, 31 do.")),
         (
             "workers.count=[2, 5]",
-            ("stages.1.global_batch is 32", "[2, 5]", "with 3 or 5 workers", "16, 32 workers do."),
+            ("stages.1.global_batch is 16", "[2, 5]", "with 3 or 5 workers", "; 1, 2, 4, 8, 16 do."),
         ),
         ("workers.count=[4, 2]", ("workers.count is [4, 2]", "range [least, most]")),
         ("workers.count=[1, 2, 4]", ("workers.count is [1, 2, 4]", "a number from 1 on")),
