@@ -74,7 +74,7 @@ def needs_of(config: RunConfig) -> list[list[Need]]:
     """What a run needs: while it prepares data, and while it trains."""
     data, workers = config.data, config.workers
     training = Need(
-        what="workers.count", count=workers.count, cpus=workers.cpus, gpus=workers.gpus, place=workers.place
+        what="workers.count", count=workers.sizes[0], cpus=workers.cpus, gpus=workers.gpus, place=workers.place
     )
     streaming = Need(what="workers.data_cpus", count=1, cpus=workers.data_cpus, gpus=0, place=data.place)
     ahead = data.encode == "ahead"

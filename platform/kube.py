@@ -145,9 +145,10 @@ def _train_group(config: RunConfig) -> PodGroup:
             f"kube.train.workers is {pods.workers}, and with workers.gpus {workers.gpus:g} a pod would have {gpus:g}"
             " GPUs; choose numbers that make it a whole one."
         )
-    if workers.count % pods.workers:
+    least, most = workers.sizes[0], workers.sizes[-1]
+    if least % pods.workers or most % pods.workers:
         raise UsageError(
-            f"kube.train.workers is {pods.workers}, which does not divide workers.count {workers.count}; choose one"
+            f"kube.train.workers is {pods.workers}, which does not divide workers.count {workers.shown}; choose one"
             " that does."
         )
     return PodGroup(
@@ -155,8 +156,8 @@ def _train_group(config: RunConfig) -> PodGroup:
         place="train",
         cpus=pods.workers * workers.cpus,
         gpus=int(gpus),
-        least=workers.count // pods.workers,
-        most=workers.count // pods.workers,
+        least=least // pods.workers,
+        most=most // pods.workers,
         placement=pods,
         grace_seconds=pods.grace_seconds,
     )

@@ -314,7 +314,7 @@ def _show_plan(config: RunConfig, stages: Sequence[int]) -> Iterable[str]:
     from insightedit.platform.config import dump_config
 
     workers = config.workers
-    yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {workers.count} workers of"
+    yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {workers.shown} workers of"
     yield f"# {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
     yield dump_config(config).rstrip()
 
