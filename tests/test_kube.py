@@ -25,6 +25,7 @@ from insightedit.platform.config import KubeConfig, RunConfig, load_preset
 from insightedit.platform.errors import UsageError
 from insightedit.platform.kube import QUEUE_LABEL, WORK_FOLDER, Manifest, placed, to_yaml, training_manifests
 from insightedit.platform.workdir import Workdir
+from insightedit.serve.applications import gateway_application, single_version_table
 from insightedit.serve.client import edit_over_http
 from insightedit.serve.kube import resolved, serve_config, serving_manifest
 from insightedit.serve.settings import ServeSettings
@@ -230,6 +231,19 @@ def test_serving_pods_hold_every_replica_there_may_be() -> None:
     assert container_of(groups["serve"])["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
+def test_replicas_go_to_the_pods_that_are_for_them() -> None:
+    settings = ServeSettings.model_validate({"editor": {"place": {"zone": "a"}}})
+    service = serving_manifest(KubeConfig(), "editor", "3", (), settings)
+    labels = {name: group["labels"] for name, group in groups_of(service["spec"]["rayClusterConfig"]).items()}
+    version, _ = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    written = ServeSettings.model_validate(version["args"]["settings"])
+    assert written.gateway.place == labels["gateway"]
+    assert written.conditioner.place == labels["serve"]
+    assert written.editor.place == {"zone": "a"}
+    application = gateway_application(single_version_table("3", ()), written)
+    assert cast(Any, application)._bound_deployment.ray_actor_options["label_selector"] == labels["gateway"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "name", "message"),
     [
@@ -258,6 +272,7 @@ def test_serve_makes_an_editor_of_its_config(tmp_path: Path, monkeypatch: pytest
     workdir = Workdir.open(tmp_path / "work")
     monkeypatch.setenv("INSIGHTEDIT_WORKDIR", str(workdir.root))
     register_champion(workdir, tmp_path)
+    # A Ray on one machine has no groups; where replicas go is the other tests'.
     plain = serve_config(*resolved(workdir, "champion"), ServeSettings())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
