@@ -388,7 +388,9 @@ def load_preset(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """A resolved config as YAML that `load_preset` reads back; it extends nothing."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    content = config.model_dump(mode="json")
+    content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def preset_names() -> list[str]:
