@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -124,8 +124,14 @@ def add_lora(mllm: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def without_lora(mllm: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the language model with its LoRA merged into the weights, as plain as it was loaded."""
-    merged = copy.deepcopy(mllm)
+    """The language model with its LoRA merged into the weights, as plain as it was loaded.
+
+    Weights that LoRA does not change are shared with `mllm`: of 7 billion there is no room for two.
+    """
+    layers = [module for module in mllm.modules() if isinstance(module, BaseTunerLayer)]
+    changed = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    shared = {id(parameter): parameter for parameter in mllm.parameters() if id(parameter) not in changed}
+    merged = copy.deepcopy(mllm, cast(dict[int, Any], shared))
     for name, module in list(merged.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
@@ -133,4 +139,7 @@ def without_lora(mllm: PreTrainedModel) -> PreTrainedModel:
             setattr(merged.get_submodule(parent), child, module.get_base_layer())
     if hasattr(merged, "peft_config"):
         del merged.peft_config
-    return merged.requires_grad_(False)
+    for parameter in merged.parameters():
+        if id(parameter) not in shared:
+            parameter.requires_grad_(False)
+    return merged

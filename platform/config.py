@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from insightedit.model.configuration import ModelConfig, SourcesConfig
 from insightedit.model.stages import STAGES, Part
@@ -25,7 +25,18 @@ from insightedit.platform.errors import NotFoundError, UsageError
 PRESETS = Path(__file__).parent / "presets"
 _PACKAGE = "package:"
 
+
+def _check_sizes(value: object) -> object:
+    """Refuse what is neither a number nor a range, in one sentence for both."""
+    ends = cast(Sequence[object], value) if isinstance(value, list | tuple) else [value]
+    numbers = [end for end in ends if type(end) is int and end >= 1]
+    if len(numbers) != len(ends) or (ends is value and (len(numbers) != 2 or numbers[0] > numbers[1])):
+        raise ValueError("it must be a number from 1 on, or a range [least, most] of them")
+    return value
+
+
 Count = Annotated[int, Field(ge=1)]
+Sizes = Annotated[Count | tuple[Count, Count], BeforeValidator(_check_sizes)]
 Share = Annotated[float, Field(ge=0, le=1)]
 StageNumber = Annotated[int, Field(ge=1, le=len(STAGES))]
 
@@ -118,6 +129,12 @@ class StageConfig(_Settings):
     """bf16 runs the modules under autocast; weights and optimiser stay in float32."""
     zero: Literal[2, 3] = 2
     """ZeRO stage of DeepSpeed."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the CPUs' memory: nothing, the optimiser with its step, or the parameters too."""
+    gradient_checkpointing: bool = False
+    """Whether the backward pass computes the blocks' activations again instead of keeping them."""
+    frozen: Literal["fp32", "bf16"] = "fp32"
+    """What the frozen matrices and convolutions are kept in; frozen vectors, such as norms and biases, are float32."""
     checkpoint_every: Count = 500
     """Steps between checkpoints."""
     validate_every: Annotated[int, Field(ge=0)] = 0
@@ -129,7 +146,10 @@ class StageConfig(_Settings):
 class WorkersConfig(_Settings):
     """The processes that train."""
 
-    count: Count = 2
+    count: Sizes = 2
+    """How many, or a range `[least, most]`: as many as there is room for, fewer and more as nodes go and come."""
+    resize_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """With a range: how often it is looked whether there is room for more workers."""
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """CPUs that Ray sets aside for each worker."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
@@ -140,10 +160,24 @@ class WorkersConfig(_Settings):
     data_cpus: Annotated[float, Field(gt=0)] = 0.5
     steps_per_block: Count = 8
     """Optimiser steps whose samples one data task collates for one worker."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """What a worker's device can do at best, in 10^12 floating point operations a second at the stages' precision; with
+    it the model FLOPs utilisation is reported."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts after a worker died; -1 is without limit. Those after a node was taken away with notice do not count."""
     hang_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds without a step or another sign of progress after which a worker ends itself, to be started again."""
+
+    @property
+    def sizes(self) -> range:
+        """The numbers of workers that may train."""
+        least, most = (self.count, self.count) if isinstance(self.count, int) else self.count
+        return range(least, most + 1)
+
+    @property
+    def shown(self) -> str:
+        """The number or the range, as it is written."""
+        return str(self.count) if isinstance(self.count, int) else str(list(self.count))
 
 
 class CheckpointsConfig(_Settings):
@@ -194,6 +228,74 @@ class PromotionConfig(_Settings):
     """By how much a challenger's VIEScore must exceed the champion's."""
 
 
+class TolerationConfig(_Settings):
+    """A taint of nodes that a group's pods put up with, such as a cloud's for spot machines."""
+
+    key: str
+    value: str | None = None
+    """Any value if None."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] = "NoSchedule"
+
+
+class PlacementConfig(_Settings):
+    """Which nodes the pods of a group may run on, and the memory of each."""
+
+    memory_gib: Annotated[float, Field(gt=0)] = 16.0
+    node_selector: dict[str, str] = {}
+    """Labels that a node must have."""
+    tolerations: tuple[TolerationConfig, ...] = ()
+
+
+class PodsConfig(PlacementConfig):
+    """The pods of a group whose number follows from what they have to do."""
+
+    cpus: Count = 4
+
+
+class TrainPodsConfig(PlacementConfig):
+    """The pods of the workers that train."""
+
+    workers: Count = 1
+    """Workers in one pod: on a machine of eight GPUs, eight of one GPU each."""
+    grace_seconds: Count = 110
+    """Time between the notice that a pod will be taken away and its end, for a last checkpoint; below what the cloud
+    gives a spot machine."""
+
+
+class KubeConfig(_Settings):
+    """How a run or a server stands on Kubernetes, in a cluster of its own that KubeRay makes."""
+
+    image: str = "insightedit:0.1.0"
+    """What `deploy/Dockerfile` builds, as the nodes pull it."""
+    image_pull_secrets: tuple[str, ...] = ()
+    namespace: str | None = None
+    """That of the kubectl context if None."""
+    service_account: str | None = None
+    """Of every pod; one that may do nothing in Kubernetes is enough, but for the head where Ray scales by itself."""
+    queue: str | None = None
+    """Kueue's LocalQueue: the run waits, suspended, until the queue has room for all its pods."""
+    token_secret: str | None = None
+    """A Secret whose `auth_token` is the cluster's token; KubeRay makes one of its own if None."""
+    work_claim: str = "insightedit-work"
+    """The PersistentVolumeClaim, ReadWriteMany, that is every pod's work folder."""
+    scratch_gib: Annotated[float, Field(gt=0)] = 100.0
+    """Most that one pod may write to its node's disk: what Ray spills, checkpoints on their way to an object store."""
+    environment: dict[str, str] = {}
+    """Of every pod, such as `AWS_ENDPOINT_URL`."""
+    secrets: tuple[str, ...] = ()
+    """Secrets whose keys become environment variables of every pod, such as those of an object store."""
+    retries: Annotated[int, Field(ge=0)] = 10
+    """Times that a run whose head has died goes on in a new cluster."""
+    head: PodsConfig = PodsConfig()
+    data: PodsConfig = PodsConfig(cpus=8, memory_gib=32)
+    encode: PlacementConfig = PlacementConfig(memory_gib=32)
+    """Pods of the frozen encoders, where `data.encoder_gpus` gives them GPUs."""
+    train: TrainPodsConfig = TrainPodsConfig(memory_gib=64)
+    gateway: PodsConfig = PodsConfig(cpus=2, memory_gib=4)
+    serve: PodsConfig = PodsConfig(cpus=4, memory_gib=32)
+    """Pods of conditioners and editors."""
+
+
 class RunConfig(_Settings):
     """A whole preset."""
 
@@ -206,6 +308,7 @@ class RunConfig(_Settings):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
+    kube: KubeConfig = KubeConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -220,13 +323,15 @@ class RunConfig(_Settings):
                 if idle := parts.keys() - STAGES[number].trains:
                     trained = ", ".join(sorted(STAGES[number].trains))
                     raise ValueError(f"{where}.{field} names {sorted(idle)[0]!r}; the stage trains {trained}")
-            if stage.global_batch % self.workers.count:
-                raise ValueError(
-                    f"{where}.global_batch is {stage.global_batch}, which workers.count {self.workers.count} does not"
-                    " divide"
-                )
+            _check_divides(f"{where}.global_batch", stage.global_batch, self.workers)
             if stage.zero == 3 and stage.validate_every:
                 raise ValueError(f"{where}.validate_every must be 0 with zero: 3, where no worker has the whole model")
+            if stage.offload == "all" and stage.zero != 3:
+                raise ValueError(f"{where}.offload is all, which needs {where}.zero: 3; or set it to optimizer")
+            if stage.frozen == "bf16" and stage.precision != "bf16":
+                raise ValueError(
+                    f"{where}.frozen is bf16, which needs {where}.precision: bf16, where autocast joins both types"
+                )
         return self
 
     def model_sources(self) -> ModelConfig:
@@ -242,8 +347,10 @@ class RunConfig(_Settings):
     def fingerprint(self, stage: int) -> str:
         """A sha256 over all that the weights after a stage depend on, but for the shards, which have their own."""
         text = self.model_dump(mode="json", include={"seed", "model", "stages"})
-        # What is done about bad steps may change within a run: one that stopped goes on without the batch.
+        # What is done about bad steps may change within a run: one that stopped goes on without the batch. So may what
+        # is computed twice to the same bits: one that ran out of memory goes on.
         quiet = {"checkpoint_every", "validate_every", "log_every", "bad_steps", "spike", "max_bad_steps"}
+        quiet |= {"gradient_checkpointing"}
         stages = {
             key: {name: value for name, value in fields.items() if name not in quiet}
             for key, fields in text["stages"].items()
@@ -286,6 +393,18 @@ def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from flattened(cast(Mapping[str, Any], value), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _check_divides(field: str, batch: int, workers: WorkersConfig) -> None:
+    """Check that each number of workers takes an equal share of a batch.
+
+    Raises:
+        ValueError: one does not; the sentence names those that do.
+    """
+    if wrong := [size for size in workers.sizes if batch % size]:
+        which = "" if isinstance(workers.count, int) else f" with {' or '.join(map(str, wrong))} workers"
+        fit = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
+        raise ValueError(f"{field} is {batch}, which workers.count {workers.shown} does not divide{which}; {fit} do")
 
 
 def _find(source: str) -> Path:

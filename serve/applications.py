@@ -8,6 +8,8 @@ from typing import Any
 from ray import serve as ray_serve
 from ray.serve import Application
 
+from insightedit.platform.registry import Registry
+from insightedit.platform.workdir import Workdir
 from insightedit.serve.backend import VersionEntry, VersionTable
 from insightedit.serve.replicas import Conditioner, Editor
 from insightedit.serve.routing import CONDITIONER, EDITOR, Gateway
@@ -68,3 +70,18 @@ def single_version_table(version: str, aliases: tuple[str, ...]) -> VersionTable
     """A table of one version, which every edit gets."""
     entry = VersionEntry(application=version_application_name(version), aliases=aliases)
     return VersionTable(default=version, versions={version: entry})
+
+
+# -- for Serve's config files, which name a function and give it plain data ------------------------------------------
+
+
+def build_version(arguments: dict[str, Any]) -> Application:
+    """A `version` of the work folder's registry, verified, with `settings`."""
+    folder = Registry(Workdir.open()).fetch(str(arguments["version"]))
+    return version_application(folder, ServeSettings.model_validate(arguments["settings"]))
+
+
+def build_gateway(arguments: dict[str, Any]) -> Application:
+    """The gateway over a `table`, with `settings`."""
+    settings = ServeSettings.model_validate(arguments["settings"])
+    return gateway_application(VersionTable.model_validate(arguments["table"]), settings)

@@ -77,7 +77,7 @@ def forbidden(path: Path, name: str) -> bool:
     if parts[0] != "insightedit" or folder not in FLOORS:
         return False
     # What the package itself holds (its version) is for everybody; its modules are above all floors.
-    above = {"cli", "quickstart", "__main__"}
+    above = {path.stem for path in python_files("src")} - {"__init__"}
     return len(parts) > 1 and (parts[1] in above or (parts[1] in FOLDERS and parts[1] not in FLOORS[folder]))
 
 

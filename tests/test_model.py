@@ -368,6 +368,11 @@ def test_merged_lora_equals_added_lora(model: InsightEditModel, pipeline: Insigh
     merged = model.pipeline(image_branch=False).mllm
     torch.testing.assert_close(hidden_states(merged, model.mm_tokens, inputs), added, rtol=1e-4, atol=1e-4)
     assert not any("lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(hidden_states(model.mllm, model.mm_tokens, inputs), added, rtol=0, atol=0)
+    own = {parameter.data_ptr() for parameter in model.mllm.parameters()}
+    copied = [name for name, parameter in merged.named_parameters() if parameter.data_ptr() not in own]
+    assert copied
+    assert all("q_proj" in name or "v_proj" in name for name in copied)
 
 
 def test_exact_mode_gives_the_same_bits_whoever_shares_the_call(pipeline: Any) -> None:

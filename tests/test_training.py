@@ -296,6 +296,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         *(f"stages.{number}.{key}={value}" for number in (1, 2, 3) for key, value in steps.items()),
         "stages.2.datasets={captions: 1, edits: 1}",
         "stages.2.validate_every=2",
+        "stages.2.gradient_checkpointing=true",
+        "stages.2.frozen=bf16",
     ]
     config = load_preset("nano", overrides)
     return config.model_copy(update={"model": dataclasses.replace(model, prompt_length=200)})

@@ -12,15 +12,27 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from insightedit import __version__
+from insightedit.console import (
+    Group,
+    Session,
+    columns,
+    config_option,
+    dry_run_option,
+    emit,
+    emit_manifests,
+    json_option,
+    open_workdir,
+    set_option,
+    workdir_option,
+)
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.workdir import Workdir
 
@@ -43,104 +55,13 @@ QUIET = {
 """Environment in which libraries keep to themselves what is of no use to whoever typed a command."""
 
 
-@dataclass
-class Session:
-    """What one call of the program knows: the folder from --workdir, and where results go."""
-
-    folder: Path | None = None
-    results: TextIO | None = None
-    """The real stdout, while libraries find stderr in its place."""
-
-
-def _remember_workdir(context: click.Context, _option: click.Parameter, value: Path | None) -> None:
-    if value is not None:
-        context.ensure_object(Session).folder = value
-
-
-def _workdir_option() -> click.Option:
-    return click.Option(
-        ["--workdir"],
-        type=click.Path(path_type=Path),
-        expose_value=False,
-        callback=_remember_workdir,
-        help="Folder of registry, runs, shards and logs; INSIGHTEDIT_WORKDIR or ./insightedit-work without it.",
-    )
-
-
-class _Command(click.Command):
-    """A command that knows --workdir, so that it may stand before or after the command's name."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.params.append(_workdir_option())
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        with _results_apart(ctx.ensure_object(Session)):
-            return super().invoke(ctx)
-
-
-@contextmanager
-def _results_apart(session: Session) -> Generator[None]:
-    """Keep stdout for results: what libraries write there, in this process or below it, goes to stderr."""
-    sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as results:
-        session.results = results
-        os.dup2(2, 1)
-        try:
-            with redirect_stdout(sys.stderr):
-                yield
-        finally:
-            session.results = None
-            os.dup2(results.fileno(), 1)
-
-
-class _Group(click.Group):
-    command_class = _Command
-    group_class = type  # Groups in this group are of this class.
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would happen and do nothing.")
-set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one value of the config; repeatable."
-)
-
-config_option = click.option(
-    "--config", default="nano", show_default=True, metavar="CONFIG", help="A preset, or a file that extends one."
-)
-
-
-def _workdir() -> Workdir:
-    return Workdir.open(click.get_current_context().ensure_object(Session).folder)
-
-
-def _emit(value: object, as_json: bool, show: Callable[[], Iterable[str]]) -> None:
-    """Print a result: as JSON, or the lines that `show` makes of it for people."""
-    results = click.get_current_context().ensure_object(Session).results
-    if as_json:
-        from pydantic import TypeAdapter
-
-        click.echo(TypeAdapter(Any).dump_json(value, indent=2).decode(), file=results)
-    else:
-        for line in show():
-            click.echo(line, file=results)
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """Rows as lines with aligned columns, the first row as their heading."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="insightedit")
 def cli() -> None:
     """Edit images by written instructions; train, keep and serve the model that does it."""
 
 
-cli.params.append(_workdir_option())
+cli.params.append(workdir_option())
 
 
 # -- everything at once ---------------------------------------------------------------------------------------------
@@ -162,12 +83,12 @@ def quickstart(
     run_config = load_preset(config, overrides)
     if dry_run:
         run_config.model_sources()
-        _emit(run_config, as_json, lambda: _show_plan(run_config, ()))
+        emit(run_config, as_json, lambda: _show_plan(run_config, ()))
         return
     from insightedit.quickstart import quickstart as run_quickstart
 
-    done = run_quickstart(_workdir(), run_config, once=once, port=port)
-    _emit(done.report, as_json, lambda: _show_quickstart(done))
+    done = run_quickstart(open_workdir(), run_config, once=once, port=port)
+    emit(done.report, as_json, lambda: _show_quickstart(done))
 
 
 def _show_quickstart(done: Quickstart) -> Iterable[str]:
@@ -193,7 +114,7 @@ def doctor(as_json: bool) -> None:
     """Look whether this machine has what a run stands on."""
     from insightedit.platform.doctor import examine
 
-    findings = examine(_workdir())
+    findings = examine(open_workdir())
 
     def show() -> Iterable[str]:
         for finding in findings:
@@ -201,7 +122,7 @@ def doctor(as_json: bool) -> None:
             if finding.advice:
                 yield f"{'':<9}{finding.advice}"
 
-    _emit(findings, as_json, show)
+    emit(findings, as_json, show)
     failed = [finding.name for finding in findings if finding.verdict == "failed"]
     if failed:
         raise InsightEditError(f"Not ready for a run: {', '.join(failed)}; do what is said beside each.")
@@ -223,7 +144,7 @@ def data_list(as_json: bool) -> None:
 
     found = [{"name": reader.name, "tasks": reader.tasks, "needs": reader.needs} for reader in READERS.values()]
     rows = [("DATASET", "TASKS", "NEEDS"), *((one.name, ", ".join(one.tasks), one.needs) for one in READERS.values())]
-    _emit(found, as_json, lambda: _columns(rows))
+    emit(found, as_json, lambda: columns(rows))
 
 
 @data.command("check")
@@ -250,7 +171,7 @@ def data_check(
     options = dict(parse_setting(setting) for setting in settings)
     if root is not None:
         options["root"] = str(root.expanduser().absolute())
-    folder = out or _workdir().root / "checks" / name
+    folder = out or open_workdir().root / "checks" / name
     with Display() as display:
         found = check(
             DatasetConfig(reader=name, options=options),
@@ -266,7 +187,7 @@ def data_check(
         yield from (f"  {count} {reason}" for reason, count in found.reasons.items())
         yield from (f"{what}: {path}" for what, path in (("list", found.quarantine), ("sheet", found.sheet)) if path)
 
-    _emit(found, as_json, show)
+    emit(found, as_json, show)
 
 
 @data.command("prepare")
@@ -284,7 +205,7 @@ def data_prepare(
     run_config = load_preset(config, overrides)
     if dry_run:
         run_config.model_sources()
-        _emit(run_config.data, as_json, lambda: [f"Would prepare {', '.join(run_config.data.datasets)}."])
+        emit(run_config.data, as_json, lambda: [f"Would prepare {', '.join(run_config.data.datasets)}."])
         return
     from insightedit.display import Display
     from insightedit.jobs.prepare import prepare
@@ -292,7 +213,7 @@ def data_prepare(
     with Display() as display:
         made = prepare(
             run_config,
-            _workdir(),
+            open_workdir(),
             rebuild=rebuild,
             progress=lambda name, done, total: display.at(f"Data {name}", done, total),
         )
@@ -301,7 +222,7 @@ def data_prepare(
         (name, str(one.rows), str(one.quarantined), f"{one.seconds:.1f}", "was there" if one.reused else "made")
         for name, one in made.items()
     ]
-    _emit(made, as_json, lambda: _columns([heading, *rows]))
+    emit(made, as_json, lambda: columns([heading, *rows]))
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -325,11 +246,11 @@ def foundation(out: Path, seed: int, share: float, dry_run: bool, as_json: bool)
 
     recipe = replace(FoundationRecipe(), seed=seed).scaled(share)
     if dry_run:
-        _emit(recipe, as_json, lambda: [f"Would train on {recipe.scenes} scenes with seed {seed} into {out}."])
+        emit(recipe, as_json, lambda: [f"Would train on {recipe.scenes} scenes with seed {seed} into {out}."])
         return
     report = build_foundation(out, recipe, lambda line: click.echo(line, err=True))
     quality = report["quality"].items()
-    _emit(report, as_json, lambda: [f"{part}: {figures}" for part, figures in quality])
+    emit(report, as_json, lambda: [f"{part}: {figures}" for part, figures in quality])
 
 
 @cli.command()
@@ -348,7 +269,7 @@ def train(
     run_config = load_preset(config, overrides)
     if dry_run:
         run_config.model_sources()
-        _emit(run_config, as_json, lambda: _show_plan(run_config, stages))
+        emit(run_config, as_json, lambda: _show_plan(run_config, stages))
         return
     from insightedit.display import Display
     from insightedit.jobs.train import Watchers, train
@@ -362,11 +283,11 @@ def train(
         watchers = Watchers(
             prepare=lambda what, done, total: display.at(f"Data {what}", done, total), train=on_progress
         )
-        result = train(run_config, _workdir(), name=name, stages=stages or None, watchers=watchers)
+        result = train(run_config, open_workdir(), name=name, stages=stages or None, watchers=watchers)
     version = _registered(result, run_config)
     report = {"run": result.name, "run_id": result.run_id, "folder": result.folder, "model_version": version}
     report |= {"stages": result.stages, "seconds": result.seconds}
-    _emit(report, as_json, lambda: _show_training(result, version))
+    emit(report, as_json, lambda: _show_training(result, version))
 
 
 def _registered(result: TrainingResult, config: RunConfig) -> str | None:
@@ -380,7 +301,7 @@ def _registered(result: TrainingResult, config: RunConfig) -> str | None:
     from insightedit.platform.registry import Registry
     from insightedit.platform.tracking import git_commit
 
-    registry, lineage = Registry(_workdir()), result.lineage(config)
+    registry, lineage = Registry(open_workdir()), result.lineage(config)
     for version in registry.versions():
         if lineage.items() <= version.tags.items():
             return version.version
@@ -393,7 +314,7 @@ def _show_plan(config: RunConfig, stages: Sequence[int]) -> Iterable[str]:
     import yaml
 
     workers = config.workers
-    yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {workers.count} workers of"
+    yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {workers.shown} workers of"
     yield f"# {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
     content = config.model_dump(mode="json")
     content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
@@ -430,7 +351,7 @@ def models_list(as_json: bool) -> None:
     """Show all model versions, newest first."""
     from insightedit.platform.registry import Registry
 
-    versions = Registry(_workdir()).versions()
+    versions = Registry(open_workdir()).versions()
     heading = ("VERSION", "ALIASES", "VIESCORE", "CREATED")
     rows = [
         (one.version, ", ".join(one.aliases) or "-", _scored(one), f"{one.created.astimezone():%Y-%m-%d %H:%M}")
@@ -439,7 +360,7 @@ def models_list(as_json: bool) -> None:
     if not versions and not as_json:
         click.echo("No model version yet: `insightedit quickstart` or `insightedit train nano` makes one.", err=True)
         return
-    _emit(versions, as_json, lambda: _columns([heading, *rows]))
+    emit(versions, as_json, lambda: columns([heading, *rows]))
 
 
 @models.command("show")
@@ -449,7 +370,7 @@ def models_show(version: str, as_json: bool) -> None:
     """Show one VERSION: a number or an alias, the champion unless given."""
     from insightedit.platform.registry import Registry
 
-    found = Registry(_workdir()).resolve(version)
+    found = Registry(open_workdir()).resolve(version)
 
     def show() -> Iterable[str]:
         yield f"{found.name} {found.version}"
@@ -459,7 +380,7 @@ def models_show(version: str, as_json: bool) -> None:
         yield f"folder   {found.folder}"
         yield from (f"tag      {key} = {value}" for key, value in sorted(found.tags.items()))
 
-    _emit(found, as_json, show)
+    emit(found, as_json, show)
 
 
 # -- judging and deciding -------------------------------------------------------------------------------------------
@@ -478,21 +399,24 @@ def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool,
 
     run_config = load_preset(config, overrides)
     folder = Path(model).expanduser().absolute()
-    judged = folder if (folder / "model_index.json").is_file() else Registry(_workdir()).resolve(model)
+    judged = folder if (folder / "model_index.json").is_file() else Registry(open_workdir()).resolve(model)
     named = str(judged) if isinstance(judged, Path) else f"version {judged.version}"
     if dry_run:
         plan = {"model": named, "evaluation": run_config.evaluation}
-        _emit(plan, as_json, lambda: [f"Would judge {named} on {run_config.evaluation.scenes} scenes."])
+        emit(plan, as_json, lambda: [f"Would judge {named} on {run_config.evaluation.scenes} scenes."])
         return
     from insightedit.display import Display
     from insightedit.jobs.evaluate import evaluate as run_evaluation
 
     with Display() as display:
         result = run_evaluation(
-            judged, run_config, _workdir(), progress=lambda done, total: display.at("Evaluation", done, total, named)
+            judged,
+            run_config,
+            open_workdir(),
+            progress=lambda done, total: display.at("Evaluation", done, total, named),
         )
     report = result.evaluation.to_json() | {"model": named, "run": result.run_id}
-    _emit(report, as_json, lambda: _show_evaluation(named, result.evaluation))
+    emit(report, as_json, lambda: _show_evaluation(named, result.evaluation))
 
 
 def _show_evaluation(named: str, evaluation: Evaluation) -> Iterable[str]:
@@ -504,7 +428,7 @@ def _show_evaluation(named: str, evaluation: Evaluation) -> Iterable[str]:
         (name, str(one.edits), f"{one.viescore:.3f}", f"{one.instruction:.2f}", f"{one.non_overedit:.2f}")
         for name, one in groups.items()
     ]
-    yield from _columns([("", "EDITS", "VIESCORE", "S_I", "S_N"), *rows])
+    yield from columns([("", "EDITS", "VIESCORE", "S_I", "S_N"), *rows])
 
 
 @cli.command()
@@ -521,7 +445,7 @@ def promote(version: str, config: str, overrides: tuple[str, ...], dry_run: bool
     from insightedit.platform.config import load_preset
 
     run_config = load_preset(config, overrides)
-    workdir = _workdir()
+    workdir = open_workdir()
 
     def judge(one: ModelVersion) -> None:
         named = f"version {one.version}"
@@ -531,7 +455,7 @@ def promote(version: str, config: str, overrides: tuple[str, ...], dry_run: bool
             )
 
     done = run_promotion(workdir, version, run_config.promotion, judge, dry_run=dry_run)
-    _emit(done, as_json, lambda: [_said(done)])
+    emit(done, as_json, lambda: [_said(done)])
 
 
 @cli.command()
@@ -542,8 +466,8 @@ def rollback(reason: str, dry_run: bool, as_json: bool) -> None:
     """Make the champion before this one the champion again."""
     from insightedit.jobs.promote import rollback as run_rollback
 
-    done = run_rollback(_workdir(), reason, dry_run=dry_run)
-    _emit(done, as_json, lambda: [_said(done)])
+    done = run_rollback(open_workdir(), reason, dry_run=dry_run)
+    emit(done, as_json, lambda: [_said(done)])
 
 
 def _said(done: Promotion) -> str:
@@ -576,17 +500,44 @@ def _show_server(status: Any) -> Iterable[str]:
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--model", default="champion", show_default=True, metavar="VERSION", help="A number or an alias.")
 @set_option
+@click.option("--kube", is_flag=True, help="Start nothing; write a KubeRay RayService for `kubectl apply`.")
+@click.option("--config", metavar="CONFIG", help="With --kube: whose `kube` section is used.  [default: nano]")
+@click.option("--name", help="With --kube: of the RayService.  [default: insightedit]")
+@click.option("--out", type=click.Path(path_type=Path), help="With --kube: file to write; stdout without it.")
 @dry_run_option
 @json_option
-def serve_up(port: int, model: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def serve_up(
+    port: int, model: str, overrides: tuple[str, ...], kube: bool, dry_run: bool, as_json: bool, **kube_options: Any
+) -> None:
     """Start a server that goes on after this command, ready when it returns."""
+    if kube:
+        if port != 8000:
+            raise UsageError("--port is for a server on this machine; a RayService's answers at port 8000.")
+        emit_manifests([_ray_service(model, overrides, **kube_options)], kube_options["out"], as_json, dry_run)
+        return
+    if idle := [name for name, value in kube_options.items() if value is not None]:
+        raise UsageError(f"--{idle[0]} is for a RayService; add --kube or leave it out.")
     from insightedit.serve import deployment
 
     settings = _serve_settings(overrides)
     if not dry_run:
         click.echo("Starting the server ...", err=True)
-    status = deployment.up(_workdir(), model, port, settings, dry_run=dry_run)
-    _emit(status, as_json, lambda: _show_server(status))
+    status = deployment.up(open_workdir(), model, port, settings, dry_run=dry_run)
+    emit(status, as_json, lambda: _show_server(status))
+
+
+def _ray_service(
+    model: str, overrides: Sequence[str], *, config: str | None, name: str | None, **_: Any
+) -> dict[str, Any]:
+    """A model version as a RayService; `--set kube...` changes the config, any other the server's settings."""
+    from insightedit.platform.config import load_preset
+    from insightedit.serve.kube import resolved, serving_manifest
+
+    of_kube = [override for override in overrides if override.startswith("kube.")]
+    settings = _serve_settings([override for override in overrides if override not in of_kube])
+    version, aliases = resolved(open_workdir(), model)
+    kube = load_preset(config or "nano", of_kube).kube
+    return serving_manifest(kube, name or "insightedit", version, aliases, settings)
 
 
 def _serve_settings(overrides: Sequence[str]) -> Any:
@@ -624,8 +575,8 @@ def serve_status(as_json: bool) -> None:
     """Say whether a server is up, where, and with which version."""
     from insightedit.serve import deployment
 
-    status = deployment.status(_workdir())
-    _emit(status, as_json, lambda: _show_server(status))
+    status = deployment.status(open_workdir())
+    emit(status, as_json, lambda: _show_server(status))
 
 
 @serve.command("down")
@@ -635,8 +586,8 @@ def serve_down(dry_run: bool, as_json: bool) -> None:
     """Stop the server, after the edits it has in hand."""
     from insightedit.serve import deployment
 
-    status = deployment.status(_workdir()) if dry_run else deployment.down(_workdir())
-    _emit(status, as_json, lambda: _show_server(status))
+    status = deployment.status(open_workdir()) if dry_run else deployment.down(open_workdir())
+    emit(status, as_json, lambda: _show_server(status))
 
 
 # -- editing --------------------------------------------------------------------------------------------------------
@@ -685,7 +636,7 @@ def edit(image: Path, instruction: str, out: Path, server: str | None, as_json: 
     digest = hashlib.sha256(encoded).hexdigest()
     seconds = round(time.perf_counter() - begun, 3)
     result = Edited(out=out, sha256=digest, model_version=version, seed=seed, seconds=seconds)
-    _emit(result, as_json, lambda: [f"{out}: edited by version {version} with seed {seed} in {seconds:.1f} s"])
+    emit(result, as_json, lambda: [f"{out}: edited by version {version} with seed {seed} in {seconds:.1f} s"])
 
 
 def _edit_here(
@@ -706,7 +657,7 @@ def _edit_here(
     from insightedit.serve.settings import Limits
     from insightedit.serve.uploads import decode_upload, encode_image
 
-    registry = Registry(_workdir())
+    registry = Registry(open_workdir())
     version = registry.resolve(model or "champion")
     seed = secrets.randbelow(SEED_LIMIT) if seed is None else seed
     try:

@@ -1,0 +1,185 @@
+"""What spares memory changes nothing else: checkpointed activations, frozen parts in half precision, offload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import torch.distributed as dist
+import toy_training as toy
+from test_model import make_batch
+from test_training import TOLERANCE, plan, reference
+from torch import Tensor, nn
+
+from insightedit.model.attention import use_plain_attention
+from insightedit.model.configuration import ModelConfig
+from insightedit.model.insightedit import InsightEditModel, build_pipeline
+from insightedit.model.memory import checkpoint_activations
+from insightedit.model.stages import STAGES, part_of
+from insightedit.platform.cluster import connected
+from insightedit.platform.engine import StageLosses, gathered_weights, set_learning_rates, start_engine
+from insightedit.platform.trainer import stage_weights, train_stages
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    with connected(cpus=8):
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """DeepSpeed wants a process group, even of one."""
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    return tiny_models.tiny_config(tiny_models.build_sources(tmp_path_factory.mktemp("sources")))
+
+
+@pytest.fixture(scope="module")
+def batch(config: ModelConfig) -> dict[str, Tensor]:
+    return make_batch(build_pipeline(config))
+
+
+def build(config: ModelConfig, stage: int) -> InsightEditModel:
+    torch.manual_seed(0)
+    model = InsightEditModel(build_pipeline(config), config.lora, config.diffusion)
+    model.begin_stage(stage)
+    use_plain_attention(model)
+    model.train()
+    return model
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    return sum(x.numel() * x.element_size() for x in model.parameters() if not x.requires_grad)
+
+
+def steps(model: nn.Module, stage: int, batch: dict[str, Tensor], **settings: Any) -> tuple[list[float], Any]:
+    """Losses of four steps of one rank, and the weights after them."""
+    config = toy.toy_config({stage: {"steps": 4, "learning_rate": 1e-3, **settings}}).stages[stage]
+    names = STAGES[stage].losses
+    losses = StageLosses(model, stage, config, names, 1.0)
+    engine = start_engine(losses, config, part_of, micro_batch=2, accumulation=1, device=CPU)
+    values: list[float] = []
+    for step in range(4):
+        set_learning_rates(engine, config, step)
+        loss, _ = engine(batch, torch.full((len(names),), 2.0))
+        engine.backward(loss)
+        engine.step()
+        values.append(loss.item())
+    weights = gathered_weights(model, 0)
+    engine.destroy()
+    return values, weights
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_checkpointed_activations_keep_less_and_give_the_same_gradients(
+    config: ModelConfig, batch: dict[str, Tensor], stage: int
+) -> None:
+    def run(model: InsightEditModel) -> tuple[Tensor, Tensor, int]:
+        kept = 0
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            values = torch.stack([term.values.mean() for term in model(batch, stage).values()])
+        values.sum().backward()
+        return values, torch.cat([x.grad.flatten() for x in model.parameters() if x.grad is not None]), kept
+
+    values, gradients, kept = run(build(config, stage))
+    model = build(config, stage)
+    checkpoint_activations(model)
+    again, same_gradients, kept_then = run(model)
+    assert torch.equal(values, again)
+    assert torch.equal(gradients, same_gradients)
+    assert kept_then < 0.75 * kept
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_checkpointed_activations_train_to_the_same_weights(
+    config: ModelConfig, batch: dict[str, Tensor], one_rank: None, zero: int
+) -> None:
+    plain, weights = steps(build(config, 2), 2, batch, zero=zero)
+    model = build(config, 2)
+    values, same_weights = steps(model, 2, batch, zero=zero, gradient_checkpointing=True)
+    assert model.unet.mid_block.gradient_checkpointing
+    assert values == plain
+    assert all(torch.equal(value, same_weights[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(("stage", "zero"), [(1, 2), (2, 2), (3, 2), (3, 3)])
+def test_frozen_parts_in_half_precision_take_half_and_train(
+    config: ModelConfig, batch: dict[str, Tensor], one_rank: None, stage: int, zero: int
+) -> None:
+    settings: dict[str, Any] = {"zero": zero, "precision": "bf16"}
+    whole, _ = steps(build(config, stage), stage, batch, **settings)
+    model = build(config, stage)
+    before = frozen_bytes(model)
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    values, weights = steps(model, stage, batch, frozen="bf16", **settings)
+    assert values == pytest.approx(whole, rel=0.02)
+    assert values[-1] < values[0]
+    # What trains is float32, and all of it has moved; what is frozen has not.
+    assert weights.keys() == trained
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    assert {part_of(name) for name, value in weights.items() if not value.equal(start[name])} == STAGES[stage].trains
+    if zero == 2:
+        assert frozen_bytes(model) < 0.52 * before
+        frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
+        assert all(value.equal(start[name].to(value.dtype)) for name, value in frozen.items())
+
+
+def test_offload_changes_no_weight_and_resumes_to_the_bit(tmp_path: Path, ray_cluster: None) -> None:
+    stages = {
+        1: {"steps": 5, "offload": "optimizer"},
+        2: {"steps": 7, "zero": 3, "offload": "all", "checkpoint_every": 3},
+    }
+    training = plan(tmp_path, toy.toy_config(stages, max_failures=0), "whole")
+    train_stages(training)
+    killed = plan(tmp_path, toy.toy_config(stages, max_failures=1), "killed", die_at=(2, 5, str(tmp_path / "killed")))
+    train_stages(killed)
+    assert (tmp_path / "killed").exists()
+    expected = reference(training)
+    for number in stages:
+        weights = stage_weights(training, number)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, expected[number][name], rtol=0, atol=TOLERANCE)
+        assert all(torch.equal(value, weights[name]) for name, value in stage_weights(killed, number).items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"offload": "all"}, r"stages\.2\.offload is all, which needs stages\.2\.zero: 3"),
+        ({"frozen": "bf16"}, r"stages\.2\.frozen is bf16, which needs stages\.2\.precision: bf16"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        toy.toy_config({2: {"steps": 1, **settings}})
+
+
+def test_a_run_goes_on_with_checkpointed_activations_but_not_with_other_weights() -> None:
+    def fingerprint(**settings: Any) -> str:
+        return toy.toy_config({2: {"steps": 1, "precision": "bf16", **settings}}).fingerprint(2)
+
+    assert fingerprint(gradient_checkpointing=True) == fingerprint()
+    assert fingerprint(frozen="bf16") != fingerprint()
+    assert fingerprint(offload="optimizer") != fingerprint()

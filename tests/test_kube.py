@@ -1,0 +1,229 @@
+"""Runs and servers as KubeRay's objects: valid by its own schemas, and what the config says is in them."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from kube_schemas import check_manifest
+from ray.serve.schema import ServeDeploySchema
+
+from insightedit.platform.config import KubeConfig, RunConfig, load_preset
+from insightedit.platform.errors import UsageError
+from insightedit.platform.kube import QUEUE_LABEL, WORK_FOLDER, Manifest, to_yaml, training_manifests
+from insightedit.serve.kube import serving_manifest
+from insightedit.serve.settings import ServeSettings
+
+EVERYTHING = (
+    "workers.count=8",
+    "workers.gpus=1",
+    "workers.cpus=6",
+    "data.encoder_gpus=0.5",
+    "data.encoder_workers=4",
+    "data.read_tasks=40",
+    "kube.queue=team-a",
+    "kube.namespace=research",
+    "kube.service_account=trainer",
+    "kube.token_secret=ray-token",
+    "kube.image_pull_secrets=[pull]",
+    "kube.secrets=[s3]",
+    "kube.environment={AWS_ENDPOINT_URL: 'https://s3.example.org'}",
+    "kube.scratch_gib=0.5",
+    "kube.train={workers: 4, memory_gib: 256, tolerations: [{key: spot, value: 'true'}, {key: nvidia.com/gpu}]}",
+    "kube.train.node_selector={pool: spot-gpu}",
+)
+"""Overrides that give every field of `kube:` that is empty by default."""
+
+
+def run_job(*overrides: str, name: str = "mine") -> tuple[RunConfig, Manifest]:
+    config = load_preset("nano", overrides)
+    _, job = training_manifests(config, name)
+    return config, job
+
+
+def groups_of(cluster: Manifest) -> dict[str, Manifest]:
+    return {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+
+
+def container_of(group: Manifest) -> Manifest:
+    (container,) = group["template"]["spec"]["containers"]
+    return container
+
+
+def pod_templates(value: Any) -> list[Manifest]:
+    """Every pod's spec, wherever it stands."""
+    if isinstance(value, list):
+        return [pod for one in value for pod in pod_templates(one)]
+    if not isinstance(value, dict):
+        return []
+    found = [value] if "containers" in value else []
+    return found + [pod for one in value.values() for pod in pod_templates(one)]
+
+
+@pytest.mark.parametrize("overrides", [(), EVERYTHING], ids=["plain", "everything"])
+def test_a_run_passes_kuberays_schema(overrides: tuple[str, ...]) -> None:
+    check_manifest(run_job(*overrides)[1])
+
+
+@pytest.mark.parametrize("queue", [None, "team-a"])
+def test_a_server_passes_kuberays_and_serves_schemas(queue: str | None) -> None:
+    service = serving_manifest(KubeConfig(queue=queue), "editor", "3", ("champion",), ServeSettings())
+    check_manifest(service)
+    serve = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    assert [one.name for one in serve.applications] == ["insightedit-v3", "insightedit-gateway"]
+    assert [one.route_prefix for one in serve.applications] == [None, "/"]
+
+
+@pytest.mark.parametrize("where", ["spec", "spec.rayClusterSpec", "spec.rayClusterSpec.headGroupSpec.template.spec"])
+def test_the_schema_would_refuse_a_wrong_field(where: str) -> None:
+    job = copy.deepcopy(run_job()[1])
+    place = job
+    for key in where.split("."):
+        place = place[key]
+    place["queueName"] = "team-a"
+    with pytest.raises(jsonschema.ValidationError, match="queueName"):
+        check_manifest(job)
+
+
+def test_the_entrypoint_trains_the_resolved_config_under_the_runs_name(tmp_path: Path) -> None:
+    config = load_preset("nano", EVERYTHING)
+    config_map, job = training_manifests(config, "mine", stages=[2, 3])
+    program, command, file, *options = shlex.split(job["spec"]["entrypoint"])
+    assert (program, command, options) == ("insightedit", "train", ["--name", "mine", "--stage", "2", "--stage", "3"])
+    folder, _, key = file.rpartition("/")
+    written = tmp_path / key
+    written.write_text(config_map["data"][key])
+    assert load_preset(written) == config
+
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
+    (mount,) = [one for one in container_of(head)["volumeMounts"] if one["mountPath"] == folder]
+    (volume,) = [one for one in head["template"]["spec"]["volumes"] if one["name"] == mount["name"]]
+    assert volume["configMap"]["name"] == config_map["metadata"]["name"]
+
+
+def test_workers_that_may_be_fewer_have_pods_that_may_be_fewer() -> None:
+    batches = [f"stages.{number}.global_batch=24" for number in (1, 2, 3)]
+    _, job = run_job(*batches, "workers.count=[2, 4]", "kube.train.workers=2")
+    train = groups_of(job["spec"]["rayClusterSpec"])["train"]
+    assert (train["minReplicas"], train["maxReplicas"]) == (1, 2)
+
+
+def test_what_is_written_is_read_back_the_same() -> None:
+    manifests = training_manifests(load_preset("nano", EVERYTHING), "mine")
+    assert list(yaml.safe_load_all(to_yaml(manifests))) == manifests
+
+
+def test_a_dead_head_is_another_try_of_the_same_run() -> None:
+    config, job = run_job("kube.retries=7")
+    assert job["spec"]["backoffLimit"] == 7
+    assert "--name mine" in job["spec"]["entrypoint"]
+    work = {"name": "work", "persistentVolumeClaim": {"claimName": config.kube.work_claim}}
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert work in group["template"]["spec"]["volumes"]
+        assert {"name": "INSIGHTEDIT_WORKDIR", "value": WORK_FOLDER} in container_of(group)["env"]
+
+
+def test_the_groups_are_what_the_config_asks_for() -> None:
+    cluster = run_job(*EVERYTHING)[1]["spec"]["rayClusterSpec"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    groups = groups_of(cluster)
+    assert list(groups) == ["data", "encode", "train"]
+    limits = {name: container_of(group)["resources"]["limits"] for name, group in groups.items()}
+    # 8 workers of one GPU and 6 CPUs, four to a pod; 4 encoders, two to a GPU; 40 tasks that read and 40 that write of
+    # half a CPU each, on pods of 8.
+    assert {name: group["replicas"] for name, group in groups.items()} == {"data": 5, "encode": 2, "train": 2}
+    assert limits["train"] == {"cpu": "24", "memory": "256Gi", "nvidia.com/gpu": "4"}
+    assert limits["encode"]["nvidia.com/gpu"] == "1"
+    assert "nvidia.com/gpu" not in limits["data"]
+    train = groups["train"]["template"]["spec"]
+    assert train["nodeSelector"] == {"pool": "spot-gpu"}
+    assert train["tolerations"] == [
+        {"key": "spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"},
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+    ]
+    assert "tolerations" not in groups["data"]["template"]["spec"]
+
+
+def test_encoders_without_gpus_work_on_the_data_pods() -> None:
+    few = groups_of(run_job("kube.data.cpus=1", "data.encoder_workers=1")[1]["spec"]["rayClusterSpec"])
+    many = groups_of(run_job("kube.data.cpus=1", "data.encoder_workers=21")[1]["spec"]["rayClusterSpec"])
+    assert list(few) == ["data", "train"]
+    assert many["data"]["replicas"] == few["data"]["replicas"] + 10
+
+
+def test_a_queue_suspends_the_run_and_fixes_its_pods() -> None:
+    _, queued = run_job("kube.queue=team-a")
+    assert queued["metadata"]["labels"][QUEUE_LABEL] == "team-a"
+    assert queued["spec"]["suspend"] is True
+    assert queued["spec"]["shutdownAfterJobFinishes"] is True
+    assert queued["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
+
+    _, free = run_job()
+    assert QUEUE_LABEL not in free["metadata"]["labels"]
+    assert "suspend" not in free["spec"]
+    assert free["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is True
+
+
+def test_every_pod_is_without_root_and_the_cluster_has_a_token() -> None:
+    service = serving_manifest(KubeConfig(), "editor", "3", (), ServeSettings())
+    for manifest in (run_job()[1], run_job(*EVERYTHING)[1], service):
+        pods = pod_templates(manifest)
+        assert len(pods) >= 3
+        for pod in pods:
+            assert pod["securityContext"]["runAsNonRoot"] is True
+            assert pod["securityContext"]["runAsUser"] != 0
+            for container in pod["containers"]:
+                assert container["securityContext"]["allowPrivilegeEscalation"] is False
+                assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        spec = manifest["spec"]
+        assert (spec.get("rayClusterSpec") or spec["rayClusterConfig"])["authOptions"]["mode"] == "token"
+
+
+def test_a_training_pod_says_when_it_goes() -> None:
+    train = groups_of(run_job("kube.train.grace_seconds=55")[1]["spec"]["rayClusterSpec"])["train"]
+    assert train["template"]["spec"]["terminationGracePeriodSeconds"] == 55
+    command = container_of(train)["lifecycle"]["preStop"]["exec"]["command"]
+    assert "--deadline-remaining-seconds 55" in command[-1]
+
+
+def test_serving_pods_hold_every_replica_there_may_be() -> None:
+    settings = ServeSettings.model_validate(
+        {
+            "conditioner": {"gpus": 0.5, "cpus": 1, "min_replicas": 2, "max_replicas": 3},
+            "editor": {"gpus": 1, "cpus": 4, "min_replicas": 1, "max_replicas": 8},
+            "gateway": {"cpus": 0.5, "min_replicas": 2, "max_replicas": 5},
+        }
+    )
+    service = serving_manifest(KubeConfig(), "editor", "3", (), settings)
+    groups = groups_of(service["spec"]["rayClusterConfig"])
+    counts = {name: (group["minReplicas"], group["maxReplicas"]) for name, group in groups.items()}
+    # Gateway: four of half a CPU to a pod of 2. Models: two conditioners to a GPU, one editor.
+    assert counts == {"gateway": (1, 2), "serve": (2, 10)}
+    assert container_of(groups["serve"])["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "message"),
+    [
+        ((), "My_Run", "--name My_Run cannot be a name in Kubernetes"),
+        ((), "a" * 48, "up to 47"),
+        ((), "1st", "a letter first"),
+        (("kube.train.workers=3",), "mine", "kube.train.workers is 3, which does not divide workers.count 2"),
+        (("workers.gpus=0.5",), "mine", "a pod would have 0.5 GPUs"),
+    ],
+)
+def test_what_kubernetes_cannot_take_is_refused(overrides: tuple[str, ...], name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_job(*overrides, name=name)
+
+
+def test_a_replica_that_fits_no_pod_is_refused() -> None:
+    settings = ServeSettings.model_validate({"editor": {"cpus": 9}})
+    with pytest.raises(UsageError, match=r"editor.cpus is 9, more than the 4 of a pod; raise kube.serve.cpus"):
+        serving_manifest(KubeConfig(), "editor", "3", (), settings)
