@@ -340,13 +340,13 @@ class RunConfig(_Settings):
         return self
 
     def model_sources(self) -> ModelConfig:
-        """The model's config with every source as a folder that exists or a hub id.
+        """The model's config with every source as a folder or file that exists, or a hub id.
 
         Raises:
-            NotFoundError: a source is a folder and is missing.
+            NotFoundError: a source is a folder or file and is missing.
         """
         sources = dataclasses.asdict(self.model.sources)
-        found = {part: _resolve_source(f"model.sources.{part}", source) for part, source in sources.items()}
+        found = {part: source and _resolve_source(f"model.sources.{part}", source) for part, source in sources.items()}
         return dataclasses.replace(self.model, sources=SourcesConfig(**found))
 
     def fingerprint(self, stage: int) -> str:
@@ -388,7 +388,9 @@ def load_preset(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """A resolved config as YAML that `load_preset` reads back; it extends nothing."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    content = config.model_dump(mode="json")
+    content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def preset_names() -> list[str]:
@@ -525,16 +527,16 @@ def _known_fields(section: Sequence[str]) -> list[str]:
 
 def _resolve_source(field: str, source: str) -> str:
     if source.startswith(_PACKAGE):
-        folder = PRESETS / source.removeprefix(_PACKAGE)
+        place = PRESETS / source.removeprefix(_PACKAGE)
     else:
-        folder = Path(source).expanduser().absolute()
-        # "owner/name" is a hub id, unless it is a folder here.
+        place = Path(source).expanduser().absolute()
+        # "owner/name" is a hub id, unless it is here.
         is_hub_id = not source.startswith((".", "/", "~")) and source.count("/") <= 1
-        if is_hub_id and not folder.is_dir():
+        if is_hub_id and not place.exists():
             return source
-    if not folder.is_dir():
-        raise NotFoundError(f"{field} is {source}, and there is no folder {folder}; make it or name another source.")
-    return str(folder)
+    if not place.exists():
+        raise NotFoundError(f"{field} is {source}, and there is no {place}; make it or name another source.")
+    return str(place)
 
 
 def _sha256(content: object) -> str:
