@@ -23,24 +23,24 @@ terminated = threading.Event()
 
 
 @dataclass(slots=True)
-class _Requests:
+class Requests:
     """How often a checkpoint was asked for, and how many of these times one was made since."""
 
     asked: int = 0
     met: int = 0
 
 
-_requests = _Requests()
+requests = Requests()
 
 
 def ask_for_checkpoint() -> None:
     """Have the group that this process trains in make a checkpoint after the step it is in."""
-    _requests.asked += 1
+    requests.asked += 1
 
 
 def checkpoint_is_made() -> bool:
     """Whether that has been done."""
-    return _requests.met == _requests.asked
+    return requests.met == requests.asked
 
 
 class Watchdog:
@@ -97,13 +97,13 @@ class Notices:
 
     def _settle(self) -> None:
         self._known = self._news()
-        _requests.met = _requests.asked
+        requests.met = requests.asked
 
     @staticmethod
     def _news() -> tuple[bool, object, int]:
         # ray.train.get_preemption_info() is a barrier through an actor, too slow for every step; this is what it reads.
         info = get_train_context().preemption_context.preemption_info
-        return terminated.is_set(), info, _requests.asked
+        return terminated.is_set(), info, requests.asked
 
 
 class HeedTermination(WorkerCallback):

@@ -7,134 +7,35 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import toy_training as toy
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from elastic_ranks import BATCH, ZEROS, ranked
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from test_chaos import Machines
 from test_faults import curve
 from test_training import plan, reference
-from torch import Tensor, multiprocessing
+from torch import multiprocessing
 
+from insightedit.platform import elastic as elastic_scaling
+from insightedit.platform import surveillance
 from insightedit.platform.cluster import connected
-from insightedit.platform.config import StageConfig
-from insightedit.platform.engine import (
-    StageLosses,
-    load_resized_state,
-    set_learning_rates,
-    snapshot_state,
-    start_engine,
-    trained_parameters,
-)
+from insightedit.platform.elastic import CarefulScaling
 from insightedit.platform.errors import InsightEditError
-from insightedit.platform.loop import Layout
-from insightedit.platform.mixtures import micro_batch_size
+from insightedit.platform.surveillance import Notices
 from insightedit.platform.trainer import TrainingPlan, stage_weights, train_stages
 from insightedit.platform.universal import make_universal
 
 TOLERANCE = 2e-6
 """Largest difference of a weight or a loss: other numbers of ranks add the same numbers in another order."""
 WAIT_SECONDS = 240.0
-BATCH = 24
-ZEROS = (2, 3)
-SAVED, TOTAL = 4, 7
-"""Steps until the state is saved, and in all."""
 
 
 # -- the state, between numbers of ranks ------------------------------------------------------------------------------
-
-
-def stage_config(zero: int) -> StageConfig:
-    """A stage with two learning rates and two weight decays: four groups of parameters."""
-    settings = {
-        "steps": TOTAL,
-        "zero": zero,
-        "global_batch": BATCH,
-        "learning_rates": {"bim": 0.03},
-        "warmups": {"bim": 0.9},
-        "weight_decay": 0.1,
-    }
-    return toy.toy_config({2: settings}).stages[2]
-
-
-class Ranked:
-    """One of several ranks that train the toy model under DeepSpeed."""
-
-    def __init__(self, zero: int, rank: int, world: int) -> None:
-        self.config = stage_config(zero)
-        size = micro_batch_size(BATCH, world, self.config.micro_batch)
-        self.layout = Layout(
-            rank=rank,
-            world=world,
-            micro_batch=size,
-            accumulation=BATCH // world // size,
-            device=torch.device("cpu"),
-        )
-        torch.manual_seed(0)
-        self.model = toy.ToyModel(0.0)
-        self.seen = torch.zeros(1)
-        self.model.register_buffer("seen", self.seen)
-        self.model.begin_stage(2)
-        self.engine: Any = start_engine(
-            StageLosses(self.model, 2, self.config, ("L_MLLM", "L_IAA", "L_diff1"), float(BATCH // size)),
-            self.config,
-            toy.ToyTask().part_of,
-            micro_batch=size,
-            accumulation=self.layout.accumulation,
-            device=self.layout.device,
-        )
-        torch.manual_seed(rank)
-
-    def train(self, steps: range) -> None:
-        for step in steps:
-            set_learning_rates(self.engine, self.config, step)
-            arrays = toy.toy_arrays(BATCH, step, 1.0)
-            share = BATCH // self.layout.world
-            for micro in range(self.layout.accumulation):
-                first = self.layout.rank * share + micro * self.layout.micro_batch
-                own = slice(first, first + self.layout.micro_batch)
-                batch = {name: torch.from_numpy(array[own]).float() for name, array in arrays.items()}
-                batch["seed"] = torch.arange(BATCH)[own] + BATCH * step
-                loss, _ = self.engine(batch, torch.full((3,), float(BATCH)))
-                self.engine.backward(loss)
-                self.engine.step()
-            self.seen += 1
-
-    def state(self) -> dict[str, Tensor]:
-        """Whole weights and moments, and what else there is."""
-        if self.config.zero == 2:
-            # DeepSpeed links them after the first group's first step, when the other groups have none yet.
-            self.engine.optimizer._hp_optimizer_states_linked = False
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-        found: dict[str, Tensor] = {"seen": self.seen.clone(), "random": torch.rand(3)}
-        for name, parameter in trained_parameters(self.model).items():
-            found[name] = cast(Tensor, safe_get_full_fp32_param(parameter)).clone()
-            for key in ("exp_avg", "exp_avg_sq"):
-                found[f"{name}.{key}"] = cast(Tensor, safe_get_full_optimizer_state(parameter, key)).clone()
-        return found
-
-
-def ranked(rank: int, world: int, folder: str, resume: bool) -> None:
-    """What each process of a group of ranks does: train and save, or load what another group saved and go on."""
-    place = Path(folder)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world)
-    for zero in ZEROS:
-        one, kept = Ranked(zero, rank, world), place / f"zero-{zero}"
-        if resume:
-            load_resized_state(one.engine, kept, place / f"universal-{zero}", rank, 100 + rank)
-            torch.save(one.state(), place / f"loaded-{zero}-{world}-{rank}")
-        else:
-            one.train(range(SAVED))
-            snapshot_state(one.engine, rank)(kept)
-            torch.save(one.state(), place / f"saved-{zero}-{rank}")
-        one.train(range(SAVED, TOTAL))
-        torch.save(one.state(), place / f"done-{zero}-{world}-{rank}")
-        one.engine.destroy()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +86,69 @@ def test_a_missing_part_is_told(states: Path, tmp_path: Path) -> None:
     with pytest.raises(InsightEditError, match=r"has the optimiser's parts of ranks \[0, 1\], not of all 3; delete it"):
         make_universal(states / "zero-2", tmp_path, 3)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- when Ray starts a group again ----------------------------------------------------------------------------------
+
+
+class Room(CarefulScaling):
+    """Our policy in a cluster that has room for so many workers."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(ScalingConfig(num_workers=(2, 4), elastic_resize_monitor_interval_s=0.0))
+        self.room = room
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+    def _get_reserved_resources(self) -> dict[str, dict[str, float]]:
+        return {"node": {"CPU": float(self.room)}}
+
+
+class Worker:
+    """Stands in for Ray's, in this process."""
+
+    def execute_async(self, function: Callable[[], object]) -> object:
+        return function()
+
+
+@pytest.mark.parametrize(("room", "size"), [(3, 3), (9, 4), (2, None), (1, None)])
+def test_a_group_that_trains_makes_a_checkpoint_before_it_grows(
+    monkeypatch: pytest.MonkeyPatch, room: int, size: int | None
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(elastic_scaling.ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr(surveillance, "get_train_context", lambda: Mock(preemption_context=Mock(preemption_info=None)))
+    monkeypatch.setattr(surveillance, "requests", surveillance.Requests())
+    monkeypatch.setattr(surveillance.time, "monotonic", lambda: clock[0])
+    policy, notices = Room(2), Notices()
+    group = Mock(workers=[Worker()], num_workers=2, start_time=0.0)
+
+    def decide() -> int | None:
+        decision = policy.make_decision_for_running_worker_group(group, None)
+        return decision.num_workers if isinstance(decision, ResizeDecision) else None
+
+    assert decide() is None
+    assert not notices.pending()
+    # The second time, after the room was gone again or not, is like the first.
+    for _ in range(2):
+        policy.room = 3
+        assert [decide(), decide()] == [None, None]
+        assert notices.pending()
+        notices.heed()
+        assert not notices.pending()
+        policy.room = room
+        assert decide() == size
+        clock[0] += 600
+
+
+def test_a_group_that_ended_starts_with_what_there_is_room_for() -> None:
+    policy = Room(1)
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    policy.room = 3
+    decision = policy.make_decision_for_non_running_worker_group()
+    assert isinstance(decision, ResizeDecision)
+    assert decision.num_workers == 3
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -264,9 +228,7 @@ def test_four_workers_become_two_and_then_three(tmp_path: Path, machines: Machin
     calm.touch()
     thread.join(WAIT_SECONDS)
     began = check_samples(disturbed, seeds, [4, 2, 3])
-    # Growing lost nothing: a checkpoint was made for it.
-    _, fewer, _ = toy.groups(seeds, disturbed.stream(1))
-    assert began[2] == max(itertools.chain.from_iterable(fewer)) // BATCH + 1
+    assert 0 < began[1] < began[2]
     same, other = curve(whole, 1), curve(disturbed, 1)
     assert [point["step"] for point in same] == [point["step"] for point in other]
     for one, two in zip(same, other, strict=True):
