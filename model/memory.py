@@ -15,6 +15,8 @@ def checkpoint_activations(module: nn.Module) -> None:
     """
     if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
         module.activation_checkpointing_enable({"use_reentrant": False})
+        # It also makes embeddings require gradients, so that all of a frozen model would be passed backwards.
+        module.disable_input_require_grads()
     elif isinstance(module, UNet2DConditionModel):
         module.enable_gradient_checkpointing()
     else:

@@ -1,4 +1,4 @@
-"""What spares memory changes nothing else: checkpointed activations, frozen parts in half precision, offload."""
+"""What spares memory or smooths weights does that and nothing else: checkpointing, frozen bf16, offload, averages."""
 
 from __future__ import annotations
 
@@ -9,19 +9,28 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-import torch.distributed as dist
 import toy_training as toy
 from test_model import make_batch
 from test_training import TOLERANCE, plan, reference
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from insightedit.model.attention import use_plain_attention
 from insightedit.model.configuration import ModelConfig
 from insightedit.model.insightedit import InsightEditModel, build_pipeline
 from insightedit.model.memory import checkpoint_activations
 from insightedit.model.stages import STAGES, part_of
+from insightedit.platform.averages import Averages, averages_name
 from insightedit.platform.cluster import connected
-from insightedit.platform.engine import StageLosses, gathered_weights, set_learning_rates, start_engine
+from insightedit.platform.engine import (
+    StageLosses,
+    gathered_weights,
+    set_learning_rates,
+    start_engine,
+    trained_parameters,
+)
+from insightedit.platform.errors import UsageError
+from insightedit.platform.loop import Layout
 from insightedit.platform.trainer import stage_weights, train_stages
 
 CPU = torch.device("cpu")
@@ -31,17 +40,6 @@ CPU = torch.device("cpu")
 def ray_cluster() -> Iterator[None]:
     with connected(cpus=8):
         yield
-
-
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """DeepSpeed wants a process group, even of one."""
-    meeting = tmp_path_factory.mktemp("group") / "meeting"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +144,10 @@ def test_frozen_parts_in_half_precision_take_half_and_train(
         assert all(value.equal(start[name].to(value.dtype)) for name, value in frozen.items())
 
 
-def test_offload_changes_no_weight_and_resumes_to_the_bit(tmp_path: Path, ray_cluster: None) -> None:
+def test_offload_and_averages_are_exact_and_resume_to_the_bit(tmp_path: Path, ray_cluster: None) -> None:
     stages = {
-        1: {"steps": 5, "offload": "optimizer"},
-        2: {"steps": 7, "zero": 3, "offload": "all", "checkpoint_every": 3},
+        1: {"steps": 5, "offload": "optimizer", "ema_decay": 0.4},
+        2: {"steps": 7, "zero": 3, "offload": "all", "checkpoint_every": 3, "ema_decay": 0.9},
     }
     training = plan(tmp_path, toy.toy_config(stages, max_failures=0), "whole")
     train_stages(training)
@@ -164,10 +162,75 @@ def test_offload_changes_no_weight_and_resumes_to_the_bit(tmp_path: Path, ray_cl
         assert all(torch.equal(value, weights[name]) for name, value in stage_weights(killed, number).items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_train_to_the_same_weights(
+    config: ModelConfig, batch: dict[str, Tensor], one_rank: None, checkpointing: bool
+) -> None:
+    plain, weights = steps(build(config, 2), 2, batch)
+    torch.compiler.reset()
+    counters["stats"].clear()
+    model = build(config, 2)
+    values, same_weights = steps(model, 2, batch, compile=True, gradient_checkpointing=checkpointing)
+    assert counters["stats"]["unique_graphs"] > 15
+    assert values == pytest.approx(plain, rel=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(same_weights[name], value, rtol=0, atol=2e-3)
+
+
+def test_a_missing_compiler_is_told(
+    config: ModelConfig, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    sentence = (
+        r"^stages\.2\.compile needs a C\+\+ compiler on every worker, and there is no no-such-compiler on this one"
+    )
+    with pytest.raises(UsageError, match=sentence):
+        steps(build(config, 2), 2, batch, compile=True)
+
+
+def test_averages_are_taken_over_by_another_number_of_ranks(tmp_path: Path, one_rank: None) -> None:
+    torch.manual_seed(0)
+    model = toy.ToyModel(0.0)
+    model.begin_stage(2)
+    start = {name: value.detach().clone() for name, value in trained_parameters(model).items()}
+
+    def averages(rank: int, world: int) -> Averages:
+        return Averages(model, 0.5, Layout(rank=rank, world=world, micro_batch=1, accumulation=1, device=CPU))
+
+    # A bias of eight values is 3 + 3 + 2 on three ranks, and 2 + 2 + 2 + 2 + 0 on five.
+    three = [averages(rank, 3) for rank in range(3)]
+    with torch.no_grad():
+        for value in trained_parameters(model).values():
+            value.add_(1.0)
+    for rank, one in enumerate(three):
+        one.update()
+        torch.save(one.state(), tmp_path / averages_name(rank))
+    others = [averages(rank, 5) for rank in range(5)]
+    for one in others:
+        one.load(tmp_path)
+        one.update()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    for rank, one in enumerate(others):
+        torch.save(one.state(), tmp_path / averages_name(rank))
+    whole = averages(0, 1)
+    whole.load(tmp_path)
+    found = whole.gathered()
+    # Of the step of 1, 9/11 at first, then 9/12 of what is left.
+    for name, value in start.items():
+        torch.testing.assert_close(found[name], value + 1 - (2 / 11) * (3 / 12))
+    now = {name: value.detach().clone() for name, value in trained_parameters(model).items()}
+    with whole.shown():
+        assert all(value.equal(found[name]) for name, value in trained_parameters(model).items())
+    assert all(value.equal(now[name]) for name, value in trained_parameters(model).items())
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"offload": "all"}, r"stages\.2\.offload is all, which needs stages\.2\.zero: 3"),
+        ({"compile": True, "zero": 3}, r"stages\.2\.compile needs stages\.2\.zero: 2"),
         ({"frozen": "bf16"}, r"stages\.2\.frozen is bf16, which needs stages\.2\.precision: bf16"),
     ],
 )
@@ -183,3 +246,5 @@ def test_a_run_goes_on_with_checkpointed_activations_but_not_with_other_weights(
     assert fingerprint(gradient_checkpointing=True) == fingerprint()
     assert fingerprint(frozen="bf16") != fingerprint()
     assert fingerprint(offload="optimizer") != fingerprint()
+    assert fingerprint(ema_decay=0.9) != fingerprint()
+    assert fingerprint(compile=True) != fingerprint()

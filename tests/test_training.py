@@ -61,7 +61,7 @@ def plan(tmp_path: Path, config: RunConfig, name: str = "run", **settings: Any) 
 
 
 def reference(training: TrainingPlan, without: tuple[int, ...] = ()) -> dict[int, dict[str, Tensor]]:
-    """The weights after each stage, by one process in plain PyTorch with the whole global batch at once.
+    """The weights that each stage leaves, by one process in plain PyTorch with the whole global batch at once.
 
     Steps `without` are not taken.
     """
@@ -80,7 +80,8 @@ def reference(training: TrainingPlan, without: tuple[int, ...] = ()) -> dict[int
         )
         head_scale = config.learning_rates.get("bim", config.learning_rate) / config.learning_rate
         warmups = (config.warmup, config.warmups.get("bim", config.warmup))
-        for step in (step for step in range(config.steps) if step not in without):
+        averages = [parameter.detach().double() for parameter in trained]
+        for updates, step in enumerate((step for step in range(config.steps) if step not in without), start=1):
             batch = whole_batch(stream, step)
             terms = model(batch, number)
             parts = [config.losses[name] * weighted_mean(term) for name, term in terms.items()]
@@ -90,6 +91,11 @@ def reference(training: TrainingPlan, without: tuple[int, ...] = ()) -> dict[int
             for group, scale, warmup in zip(optimizer.param_groups, (1.0, head_scale), warmups, strict=True):
                 group["lr"] = scale * learning_rate(config, step, warmup)
             optimizer.step()
+            keep = min(config.ema_decay or 0.0, (1 + updates) / (10 + updates))
+            averages = [keep * one + (1 - keep) * own.detach() for one, own in zip(averages, trained, strict=True)]
+        with torch.no_grad():
+            for parameter, average in zip(trained, averages, strict=True):
+                parameter.copy_(average)
         after[number] = {name: value.detach().clone() for name, value in model.named_parameters()}
     return after
 
