@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-chaos lint format bench clean
+.PHONY: help install quickstart test test-slow test-chaos lint format bench kube-examples clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1	/' | expand -t 22
@@ -57,6 +57,10 @@ $(PEERS): benchmarks/peers.txt
 
 bench-data: $(INSTALLED) $(PEERS)  ## Our stream beside torch's DataLoader, Hugging Face datasets and MosaicML streaming
 	$(BIN)/python benchmarks/data.py --folder out/bench-data --peers .venv-peers/bin/python --rows 100000 $(ARGS)
+
+KUBE := deploy/kuberay
+kube-examples: $(INSTALLED)  ## deploy/kuberay/ anew from run.yaml, after a change of what the commands write
+	$(BIN)/insightedit serve up --kube --config $(KUBE)/run.yaml --model 1 --out $(KUBE)/serve.yaml
 
 clean:  ## Remove what building and running made; .venv and insightedit-work stay
 	rm -rf build dist out src/*.egg-info .pytest_cache .ruff_cache

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from insightedit.model.configuration import ModelConfig, SourcesConfig
 from insightedit.model.stages import STAGES, Part
@@ -25,7 +25,18 @@ from insightedit.platform.errors import NotFoundError, UsageError
 PRESETS = Path(__file__).parent / "presets"
 _PACKAGE = "package:"
 
+
+def _check_sizes(value: object) -> object:
+    """Refuse what is neither a number nor a range, in one sentence for both."""
+    ends = cast(Sequence[object], value) if isinstance(value, list | tuple) else [value]
+    numbers = [end for end in ends if type(end) is int and end >= 1]
+    if len(numbers) != len(ends) or (ends is value and (len(numbers) != 2 or numbers[0] > numbers[1])):
+        raise ValueError("it must be a number from 1 on, or a range [least, most] of them")
+    return value
+
+
 Count = Annotated[int, Field(ge=1)]
+Sizes = Annotated[Count | tuple[Count, Count], BeforeValidator(_check_sizes)]
 Share = Annotated[float, Field(ge=0, le=1)]
 StageNumber = Annotated[int, Field(ge=1, le=len(STAGES))]
 
@@ -140,7 +151,10 @@ class StageConfig(_Settings):
 class WorkersConfig(_Settings):
     """The processes that train."""
 
-    count: Count = 2
+    count: Sizes = 2
+    """How many, or a range `[least, most]`: as many as there is room for, fewer and more as nodes go and come."""
+    resize_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """With a range: how often it is looked whether there is room for more workers."""
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """CPUs that Ray sets aside for each worker."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
@@ -158,6 +172,17 @@ class WorkersConfig(_Settings):
     """Restarts after a worker died; -1 is without limit. Those after a node was taken away with notice do not count."""
     hang_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds without a step or another sign of progress after which a worker ends itself, to be started again."""
+
+    @property
+    def sizes(self) -> range:
+        """The numbers of workers that may train."""
+        least, most = (self.count, self.count) if isinstance(self.count, int) else self.count
+        return range(least, most + 1)
+
+    @property
+    def shown(self) -> str:
+        """The number or the range, as it is written."""
+        return str(self.count) if isinstance(self.count, int) else str(list(self.count))
 
 
 class CheckpointsConfig(_Settings):
@@ -303,11 +328,7 @@ class RunConfig(_Settings):
                 if idle := parts.keys() - STAGES[number].trains:
                     trained = ", ".join(sorted(STAGES[number].trains))
                     raise ValueError(f"{where}.{field} names {sorted(idle)[0]!r}; the stage trains {trained}")
-            if stage.global_batch % self.workers.count:
-                raise ValueError(
-                    f"{where}.global_batch is {stage.global_batch}, which workers.count {self.workers.count} does not"
-                    " divide"
-                )
+            _check_divides(f"{where}.global_batch", stage.global_batch, self.workers)
             if stage.zero == 3 and stage.validate_every:
                 raise ValueError(f"{where}.validate_every must be 0 with zero: 3, where no worker has the whole model")
             if stage.offload == "all" and stage.zero != 3:
@@ -381,6 +402,18 @@ def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from flattened(cast(Mapping[str, Any], value), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _check_divides(field: str, batch: int, workers: WorkersConfig) -> None:
+    """Check that each number of workers takes an equal share of a batch.
+
+    Raises:
+        ValueError: one does not; the sentence names those that do.
+    """
+    if wrong := [size for size in workers.sizes if batch % size]:
+        which = "" if isinstance(workers.count, int) else f" with {' or '.join(map(str, wrong))} workers"
+        fit = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
+        raise ValueError(f"{field} is {batch}, which workers.count {workers.shown} does not divide{which}; {fit} do")
 
 
 def _find(source: str) -> Path:

@@ -39,7 +39,7 @@ def _once(count: Callable[..., int]) -> Callable[..., int]:
 
     def unless_again(*args: Any, **kwargs: Any) -> int:
         # In a backward pass only what is computed again records gradients.
-        in_backward = cast(Any, torch._C)._current_graph_task_id() != -1
+        in_backward = cast(Any, torch)._C._current_graph_task_id() != -1
         return 0 if in_backward and torch.is_grad_enabled() else count(*args, **kwargs)
 
     # The counter then passes what the rule wants: tensors, not shapes.

@@ -12,9 +12,9 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-import ray
 import yaml
 
 from insightedit.platform.config import KubeConfig, PlacementConfig, RunConfig
@@ -45,6 +45,8 @@ class PodGroup:
     """Some equal worker pods."""
 
     name: str
+    place: str
+    """What Ray's nodes on them are labelled with, as `group`: `data.place` and `workers.place` choose by it."""
     cpus: float
     """Of each pod, for Ray and for Kubernetes."""
     gpus: int = 0
@@ -110,7 +112,7 @@ def _data_group(config: RunConfig) -> PodGroup:
     preparing = (2 * data.read_tasks + (0 if while_training else encoders)) * TASK_CPUS
     training = (workers.data_tasks + (encoders if while_training else 0)) * workers.data_cpus
     count = math.ceil(max(preparing, training) / kube.data.cpus)
-    return PodGroup(name="data", cpus=kube.data.cpus, least=count, most=count, placement=kube.data)
+    return PodGroup(name="data", place="data", cpus=kube.data.cpus, least=count, most=count, placement=kube.data)
 
 
 def _encoder_group(config: RunConfig) -> Iterator[PodGroup]:
@@ -122,7 +124,9 @@ def _encoder_group(config: RunConfig) -> Iterator[PodGroup]:
     together = max(int(1 / data.encoder_gpus), 1)
     count = math.ceil(data.encoder_workers / together)
     cpus = math.ceil(together * max(TASK_CPUS, config.workers.data_cpus))
-    yield PodGroup(name="encode", cpus=cpus, gpus=gpus, least=count, most=count, placement=config.kube.encode)
+    yield PodGroup(
+        name="encode", place="data", cpus=cpus, gpus=gpus, least=count, most=count, placement=config.kube.encode
+    )
 
 
 def _train_group(config: RunConfig) -> PodGroup:
@@ -134,17 +138,19 @@ def _train_group(config: RunConfig) -> PodGroup:
             f"kube.train.workers is {pods.workers}, and with workers.gpus {workers.gpus:g} a pod would have {gpus:g}"
             " GPUs; choose numbers that make it a whole one."
         )
-    if workers.count % pods.workers:
+    least, most = workers.sizes[0], workers.sizes[-1]
+    if least % pods.workers or most % pods.workers:
         raise UsageError(
-            f"kube.train.workers is {pods.workers}, which does not divide workers.count {workers.count}; choose one"
+            f"kube.train.workers is {pods.workers}, which does not divide workers.count {workers.shown}; choose one"
             " that does."
         )
     return PodGroup(
         name="train",
+        place="train",
         cpus=pods.workers * workers.cpus,
         gpus=int(gpus),
-        least=workers.count // pods.workers,
-        most=workers.count // pods.workers,
+        least=least // pods.workers,
+        most=most // pods.workers,
         placement=pods,
         grace_seconds=pods.grace_seconds,
     )
@@ -209,7 +215,7 @@ def cluster_spec(kube: KubeConfig, groups: Sequence[PodGroup], *, config_map: st
     """
     auth = {"mode": "token", **({"secretName": kube.token_secret} if kube.token_secret else {})}
     return {
-        "rayVersion": ray.__version__,
+        "rayVersion": version("ray"),
         "authOptions": auth,
         # Kueue admits a number of pods, once; without it Ray asks for pods as it needs them.
         "enableInTreeAutoscaling": kube.queue is None,
@@ -246,7 +252,9 @@ def _worker_group(kube: KubeConfig, group: PodGroup) -> Manifest:
         spec["containers"][0]["lifecycle"] = {"preStop": {"exec": {"command": _notice(group.grace_seconds)}}}
     return {
         "groupName": group.name,
-        "replicas": group.most,
+        "labels": {"group": group.place},
+        # To begin with: Ray asks for more where it scales by itself.
+        "replicas": group.most if kube.queue else group.least,
         "minReplicas": group.least,
         "maxReplicas": group.most,
         "rayStartParams": {},  # KubeRay tells Ray the CPUs and GPUs of the pod's limits.

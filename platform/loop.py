@@ -81,8 +81,7 @@ class Point:
     losses: dict[str, float]
     """Of the global batches, by their names in the seed."""
     figures: dict[str, float]
-    """`gradient_norm`, `learning_rate`, `skipped_steps`, `samples_per_second`, `data_wait_seconds` and
-    `data_wait_share`; then those of `insightedit.platform.efficiency.Efficiency`."""
+    """By their names in `train_metrics.FIGURES`, which says what each is."""
     seconds: float
     """Of training alone."""
 

@@ -29,6 +29,7 @@ from insightedit.model.stages import STAGES
 from insightedit.platform.bad_steps import BadStepError
 from insightedit.platform.cluster import cause_of
 from insightedit.platform.config import RunConfig
+from insightedit.platform.elastic import CarefulScaling
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.manifests import sha256_file
 from insightedit.platform.shards import ShardManifest
@@ -232,11 +233,13 @@ class _Policy(DefaultFailurePolicy):
 
 
 class _Trainer(TorchTrainer):
-    """Ray's trainer with our policy: it has no setting for it."""
+    """Ray's trainer with our policies: it has no setting for them."""
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        policy = _Policy(cast(Any, self.run_config.failure_config))
-        return super()._initialize_and_run_controller(**{**settings, "failure_policy": policy})
+        settings["failure_policy"] = _Policy(cast(Any, self.run_config.failure_config))
+        if self.scaling_config.elasticity_enabled:
+            settings["scaling_policy"] = CarefulScaling(self.scaling_config)
+        return super()._initialize_and_run_controller(**settings)
 
 
 def _fit(plan: TrainingPlan, stages: list[int]) -> None:
@@ -248,7 +251,10 @@ def _fit(plan: TrainingPlan, stages: list[int]) -> None:
         _train_worker,
         train_loop_config={"plan": plan, "stages": stages},
         scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=cast(Any, resources)
+            num_workers=workers.count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker=cast(Any, resources),
+            elastic_resize_monitor_interval_s=workers.resize_seconds,
         ),
         run_config=RayRunConfig(
             name=plan.name,

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ from insightedit.platform.efficiency import Efficiency, FlopMeter
 from insightedit.platform.engine import (
     StageLosses,
     gathered_weights,
+    load_resized_state,
     load_state,
     parameter_shape,
     snapshot_state,
@@ -51,6 +52,7 @@ from insightedit.platform.saving import CheckpointSaver
 from insightedit.platform.streams import write_start
 from insightedit.platform.surveillance import Notices, Watchdog
 from insightedit.platform.tracking import StageTracker
+from insightedit.platform.train_metrics import TrainMetrics
 from insightedit.platform.trainer import (
     RESULT_NAME,
     Progress,
@@ -62,6 +64,7 @@ from insightedit.platform.trainer import (
     stage_weights,
     write_json,
 )
+from insightedit.platform.universal import make_universal
 
 CURVE_NAME = "curve.jsonl"
 """Every point of a stage's curves, in its folder."""
@@ -125,6 +128,7 @@ class StageWorker:
         self.efficiency = self._efficiency()
         self.curve = Curve()
         self.tracker = StageTracker(plan.tracking, number) if plan.tracking and self._is_first else None
+        self.metrics = TrainMetrics(plan.name, number) if self._is_first else None
         self._restore_loop()
 
     @property
@@ -192,13 +196,19 @@ class StageWorker:
             use_plain_attention(model)
         model.train()
         # Dropout differs between ranks; everything else that is random follows from the samples' own seeds.
-        seed = np.random.SeedSequence((self.plan.config.seed, self.number, self.layout.rank)).generate_state(1)
-        torch.manual_seed(int(seed[0]))
+        torch.manual_seed(self._seed())
         return model
+
+    def _seed(self) -> int:
+        """This rank's own, at the step it begins with."""
+        key = (self.plan.config.seed, self.number, self.layout.rank, self.start)
+        return int(np.random.SeedSequence(key).generate_state(1)[0])
 
     def _engine(self) -> Any:
         """DeepSpeed's engine, in the state of the checkpoint, as are the averages beside it."""
-        layout = self.layout
+        layout, checkpoint = self.layout, self.checkpoint
+        if checkpoint is not None:
+            check_resumable(checkpoint.info, self._info(self.start), self.plan.name, self.plan.config.workers.sizes)
         scale = float(layout.world * layout.accumulation)
         engine = start_engine(
             StageLosses(self.model, self.number, self.config, self.names, scale),
@@ -210,14 +220,26 @@ class StageWorker:
         )
         if self.config.ema_decay is not None:
             self.averages = Averages(self.model, self.config.ema_decay, layout)
-        if self.checkpoint is not None:
-            check_resumable(self.checkpoint.info, self._info(self.start), self.plan.name)
+        if checkpoint is not None:
             if self.averages:
-                self.averages.load(self.checkpoint.folder)
-            load_state(engine, self.checkpoint.folder, layout.rank)
-            dist.barrier()
+                self.averages.load(checkpoint.folder)
+            if checkpoint.info.world_size == layout.world:
+                load_state(engine, checkpoint.folder, layout.rank)
+                dist.barrier()
+            else:
+                self._load_resized(engine, checkpoint)
             self.store.release()
         return engine
+
+    def _load_resized(self, engine: Any, checkpoint: Checkpoint) -> None:
+        """Take over what another number of workers left."""
+
+        def convert(folder: Path) -> None:
+            make_universal(checkpoint.folder, folder, checkpoint.info.world_size)
+
+        with self.store.derived(checkpoint, convert) as folder:
+            load_resized_state(engine, checkpoint.folder, folder, self.layout.rank, self._seed())
+            dist.barrier()
 
     def _restore_loop(self) -> None:
         """Take the loop, and the files that it adds to, back to where the checkpoint is."""
@@ -269,14 +291,17 @@ class StageWorker:
 
     def _log(self, point: Point) -> None:
         """Add a point to the curves."""
-        if not self._is_first:
+        if self.metrics is None:
             return
-        point.figures |= self.efficiency.figures(
-            samples_per_second=point.figures["samples_per_second"],
-            seconds=point.seconds,
-            stalled=self.efficiency.stalled(self.saver.stalled),
-            useful=self.curve.seconds + point.seconds,
+        point.figures.update(
+            self.efficiency.figures(
+                samples_per_second=point.figures["samples_per_second"],
+                seconds=point.seconds,
+                stalled=self.efficiency.stalled(self.saver.stalled),
+                useful=self.curve.seconds + point.seconds,
+            )
         )
+        self.metrics.show(point.step, self.config.steps, point.losses, point.figures)
         self.curve.add(point)
         entry = asdict(point)
         entry["figures"] |= self.plan.task.diagnostics(self.model)
@@ -398,18 +423,24 @@ def checkpoint_store(plan: TrainingPlan, number: int) -> CheckpointStore:
     )
 
 
-def check_resumable(found: CheckpointInfo, own: CheckpointInfo, run: str) -> None:
-    """Check that a checkpoint is one that this worker group would have written.
+def check_resumable(found: CheckpointInfo, own: CheckpointInfo, run: str, sizes: range) -> None:
+    """Check that a checkpoint is one that this run would have written.
+
+    Args:
+        found: what it is of.
+        own: what one of this worker group would be of.
+        run: its name.
+        sizes: the numbers of workers that it may have.
 
     Raises:
-        UsageError: it is of another config, or of another number of workers.
+        UsageError: it is of another config, or of a number of workers that the run may not have.
     """
-    if found.world_size != own.world_size:
+    if found.world_size not in sizes:
         raise UsageError(
             f"Run {run} began stage {own.stage} with {found.world_size} workers and cannot go on with"
-            f" {own.world_size}; set workers.count to {found.world_size}."
+            f" {own.world_size}; set workers.count to {found.world_size}, or to a range that holds both."
         )
-    if found != own:
+    if replace(found, world_size=own.world_size) != own:
         raise UsageError(f"Run {run} began stage {own.stage} with another config; name the new run otherwise.")
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import yaml
-
 from insightedit.platform.config import KubeConfig, PodsConfig
 from insightedit.platform.errors import UsageError
-from insightedit.platform.kube import Manifest, PodGroup, check_name, cluster_spec, metadata
+from insightedit.platform.kube import Manifest, PodGroup, check_name, cluster_spec, metadata, to_yaml
+from insightedit.platform.registry import Registry
+from insightedit.platform.workdir import Workdir
 from insightedit.serve import applications
 from insightedit.serve.applications import GATEWAY_APPLICATION, single_version_table, version_application_name
 from insightedit.serve.settings import Scaling, ServeSettings
@@ -44,10 +44,22 @@ def serving_manifest(
         "metadata": metadata(kube, check_name(name), queued=True),
         "spec": {
             "excludeHeadPodFromServeSvc": True,
-            "serveConfigV2": yaml.safe_dump(config, sort_keys=False),
+            "serveConfigV2": to_yaml([config]),
             "rayClusterConfig": cluster_spec(kube, serving_groups(kube, settings)),
         },
     }
+
+
+def resolved(workdir: Workdir, reference: str) -> tuple[str, tuple[str, ...]]:
+    """A model version and its aliases. A number needs no registry here: the cluster has its own work folder.
+
+    Raises:
+        NotFoundError: the work folder's registry has no such alias.
+    """
+    if reference.isdecimal():
+        return reference, ()
+    version = Registry(workdir).resolve(reference)
+    return version.version, version.aliases
 
 
 def serve_config(version: str, aliases: tuple[str, ...], settings: ServeSettings) -> dict[str, Any]:
@@ -98,7 +110,7 @@ def _group(name: str, pods: PodsConfig, deployments: dict[str, Scaling], gpus: i
     room = {key: _replicas_in_a_pod(name, key, scaling, pods, gpus) for key, scaling in deployments.items()}
     least = sum(math.ceil(scaling.min_replicas / room[key]) for key, scaling in deployments.items())
     most = sum(math.ceil(scaling.max_replicas / room[key]) for key, scaling in deployments.items())
-    return PodGroup(name=name, cpus=pods.cpus, gpus=gpus, least=least, most=most, placement=pods)
+    return PodGroup(name=name, place=name, cpus=pods.cpus, gpus=gpus, least=least, most=most, placement=pods)
 
 
 def _replicas_in_a_pod(group: str, deployment: str, scaling: Scaling, pods: PodsConfig, gpus: int) -> int:

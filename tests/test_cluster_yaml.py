@@ -14,6 +14,9 @@ import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config  # what `ray up` itself runs
 
+from insightedit.platform.config import load_preset
+from insightedit.platform.kube import WORK_FOLDER, training_groups
+
 ROOT = Path(__file__).parents[1]
 Config = dict[str, Any]
 
@@ -66,3 +69,19 @@ def test_cluster_runs_the_tested_ray_behind_its_token(cluster: Config) -> None:
     assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
     assert "/home/ray/.ray/auth_token" in cluster["file_mounts"]
     assert any("--dashboard-host=127.0.0.1" in command for command in cluster["head_start_ray_commands"])
+
+
+def test_groups_are_labelled_as_in_kubernetes(cluster: Config) -> None:
+    labels = {name: group.get("labels", {}).get("group") for name, group in cluster["available_node_types"].items()}
+    config = load_preset("nano", ["data.encoder_gpus=1"])
+    assert {labels["cpu-preprocess"], labels["encoder-gpu"], labels["train-gpu"]} == {
+        group.place for group in training_groups(config)
+    }
+    assert labels["head"] is None
+
+
+def test_every_node_has_the_same_work_folder(cluster: Config) -> None:
+    folder = WORK_FOLDER
+    assert any(f" {folder}" in command and "mount -t nfs4" in command for command in cluster["initialization_commands"])
+    assert f"--env INSIGHTEDIT_WORKDIR={folder}" in cluster["docker"]["run_options"]
+    assert any(option.startswith(f"--volume {folder}:{folder}") for option in cluster["docker"]["run_options"])

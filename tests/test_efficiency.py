@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,17 @@ from test_model import make_batch
 from test_training import TOLERANCE, plan, reference
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 from insightedit.model.attention import use_plain_attention
 from insightedit.model.configuration import ModelConfig
 from insightedit.model.insightedit import InsightEditModel, build_pipeline
 from insightedit.model.memory import checkpoint_activations
 from insightedit.model.stages import STAGES, part_of
+from insightedit.platform import efficiency
 from insightedit.platform.averages import Averages, averages_name
 from insightedit.platform.cluster import connected
+from insightedit.platform.efficiency import Efficiency, FlopMeter
 from insightedit.platform.engine import (
     StageLosses,
     gathered_weights,
@@ -30,8 +35,9 @@ from insightedit.platform.engine import (
     trained_parameters,
 )
 from insightedit.platform.errors import UsageError
+from insightedit.platform.journals import read_entries
 from insightedit.platform.loop import Layout
-from insightedit.platform.trainer import stage_weights, train_stages
+from insightedit.platform.trainer import StageResult, TrainingPlan, stage_weights, train_stages
 
 CPU = torch.device("cpu")
 
@@ -144,6 +150,24 @@ def test_frozen_parts_in_half_precision_take_half_and_train(
         assert all(value.equal(start[name].to(value.dtype)) for name, value in frozen.items())
 
 
+def check_goodput(training: TrainingPlan) -> None:
+    """Goodput counts each step once, over all time since the run's first start."""
+    useful = 0.0
+    began = json.loads(training.beginning.read_text())["at"]
+    for number in training.stages:
+        points = read_entries(training.stage_folder(number) / "curve.jsonl")
+        times: list[float] = []
+        for point in points:
+            useful += point["seconds"]
+            times.append(began + useful / point["figures"]["goodput"])
+        # The moments at which the points were made, in their order, none in the future.
+        assert times == sorted(times)
+        assert times[-1] < time.time()
+        result = StageResult.read(training.stage_folder(number))
+        assert result is not None
+        assert result.figures["seconds"] == pytest.approx(sum(point["seconds"] for point in points))
+
+
 def test_offload_and_averages_are_exact_and_resume_to_the_bit(tmp_path: Path, ray_cluster: None) -> None:
     stages = {
         1: {"steps": 5, "offload": "optimizer", "ema_decay": 0.4},
@@ -154,6 +178,7 @@ def test_offload_and_averages_are_exact_and_resume_to_the_bit(tmp_path: Path, ra
     killed = plan(tmp_path, toy.toy_config(stages, max_failures=1), "killed", die_at=(2, 5, str(tmp_path / "killed")))
     train_stages(killed)
     assert (tmp_path / "killed").exists()
+    check_goodput(killed)
     expected = reference(training)
     for number in stages:
         weights = stage_weights(training, number)
@@ -248,3 +273,48 @@ def test_a_run_goes_on_with_checkpointed_activations_but_not_with_other_weights(
     assert fingerprint(offload="optimizer") != fingerprint()
     assert fingerprint(ema_decay=0.9) != fingerprint()
     assert fingerprint(compile=True) != fingerprint()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_flops_are_those_of_forward_and_backward_whatever_is_computed_again(
+    config: ModelConfig, batch: dict[str, Tensor], stage: int
+) -> None:
+    def run(model: InsightEditModel) -> None:
+        torch.stack([term.values.mean() for term in model(batch, stage).values()]).sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        run(build(config, stage))
+    model = build(config, stage)
+    checkpoint_activations(model)
+    with FlopCounterMode(display=False) as twice:
+        run(model)
+    meter = FlopMeter()
+    for samples in (2, 1):
+        # The second time nothing is counted.
+        with meter.first(samples):
+            run(model)
+    assert meter.per_sample == counter.get_total_flops() / 2
+    assert twice.get_total_flops() > counter.get_total_flops()
+
+
+def test_flops_of_one_matrix_are_known() -> None:
+    model, meter = nn.Linear(8, 4, bias=False), FlopMeter()
+    with meter.first(3):
+        model(torch.randn(3, 8)).sum().backward()
+    # 2 * 8 * 4 forward, and as many for the gradient of the matrix; the input has none.
+    assert meter.per_sample == 2 * 2 * 8 * 4
+
+
+def test_figures_of_efficiency(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(efficiency.time, "time", lambda: 1200.0)
+    meter = FlopMeter()
+    meter.per_sample = 3e9
+    figures = Efficiency(started=1000.0, before=90.0, flops=meter, peak=4e12)
+    assert figures.stalled(1.5) == 1.5
+    assert figures.stalled(2.0) == 0.5
+    assert figures.figures(samples_per_second=200.0, seconds=9.5, stalled=0.5, useful=60.0) == {
+        "checkpoint_stall_seconds": 0.5,
+        "checkpoint_stall_share": 0.05,
+        "goodput": 0.75,
+        "model_flops_utilisation": 0.15,
+    }

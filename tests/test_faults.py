@@ -36,6 +36,7 @@ def ray_cluster() -> Iterator[None]:
 def curve(training: TrainingPlan, stage: int) -> list[dict[str, Any]]:
     """The points of a stage without what depends on the clock."""
     timed = {"samples_per_second", "data_wait_seconds", "data_wait_share"}
+    timed |= {"checkpoint_stall_seconds", "checkpoint_stall_share", "goodput"}
     return [
         {
             "step": point["step"],
@@ -52,7 +53,7 @@ def check_the_same(whole: TrainingPlan, disturbed: TrainingPlan, stage: int, see
     assert weights[0] == weights[1]
     assert curve(whole, stage) == curve(disturbed, stage)
     config = whole.config.stages[stage]
-    world = whole.config.workers.count
+    (world,) = whole.config.workers.sizes
     for rank in range(world):
         shape = {"global_batch": config.global_batch, "world": world, "rank": rank}
         expected = [position for step in range(config.steps) for position in step_positions(step, **shape).tolist()]

@@ -27,6 +27,7 @@ from insightedit.console import (
     config_option,
     dry_run_option,
     emit,
+    emit_manifests,
     json_option,
     open_workdir,
     set_option,
@@ -277,7 +278,8 @@ def train(
 
         def on_progress(at: Progress) -> None:
             losses = ", ".join(f"{loss} {value:.4f}" for loss, value in at.losses.items())
-            display.at(f"Stage {at.stage}", at.step, at.steps, losses)
+            pace = f"{at.samples_per_second:.3g} samples/s, goodput {at.goodput:.0%}"
+            display.at(f"Stage {at.stage}", at.step, at.steps, f"{losses}; {pace}")
 
         watchers = Watchers(
             prepare=lambda what, done, total: display.at(f"Data {what}", done, total), train=on_progress
@@ -313,7 +315,7 @@ def _show_plan(config: RunConfig, stages: Sequence[int]) -> Iterable[str]:
     import yaml
 
     workers = config.workers
-    yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {workers.count} workers of"
+    yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {workers.shown} workers of"
     yield f"# {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
     content = config.model_dump(mode="json")
     content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
@@ -499,10 +501,23 @@ def _show_server(status: Any) -> Iterable[str]:
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--model", default="champion", show_default=True, metavar="VERSION", help="A number or an alias.")
 @set_option
+@click.option("--kube", is_flag=True, help="Start nothing; write a KubeRay RayService for `kubectl apply`.")
+@click.option("--config", metavar="CONFIG", help="With --kube: whose `kube` section is used.  [default: nano]")
+@click.option("--name", help="With --kube: of the RayService.  [default: insightedit]")
+@click.option("--out", type=click.Path(path_type=Path), help="With --kube: file to write; stdout without it.")
 @dry_run_option
 @json_option
-def serve_up(port: int, model: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def serve_up(
+    port: int, model: str, overrides: tuple[str, ...], kube: bool, dry_run: bool, as_json: bool, **kube_options: Any
+) -> None:
     """Start a server that goes on after this command, ready when it returns."""
+    if kube:
+        if port != 8000:
+            raise UsageError("--port is for a server on this machine; a RayService's answers at port 8000.")
+        emit_manifests([_ray_service(model, overrides, **kube_options)], kube_options["out"], as_json, dry_run)
+        return
+    if idle := [name for name, value in kube_options.items() if value is not None]:
+        raise UsageError(f"--{idle[0]} is for a RayService; add --kube or leave it out.")
     from insightedit.serve import deployment
 
     settings = _serve_settings(overrides)
@@ -510,6 +525,20 @@ def serve_up(port: int, model: str, overrides: tuple[str, ...], dry_run: bool, a
         click.echo("Starting the server ...", err=True)
     status = deployment.up(open_workdir(), model, port, settings, dry_run=dry_run)
     emit(status, as_json, lambda: _show_server(status))
+
+
+def _ray_service(
+    model: str, overrides: Sequence[str], *, config: str | None, name: str | None, **_: Any
+) -> dict[str, Any]:
+    """A model version as a RayService; `--set kube...` changes the config, any other the server's settings."""
+    from insightedit.platform.config import load_preset
+    from insightedit.serve.kube import resolved, serving_manifest
+
+    of_kube = [override for override in overrides if override.startswith("kube.")]
+    settings = _serve_settings([override for override in overrides if override not in of_kube])
+    version, aliases = resolved(open_workdir(), model)
+    kube = load_preset(config or "nano", of_kube).kube
+    return serving_manifest(kube, name or "insightedit", version, aliases, settings)
 
 
 def _serve_settings(overrides: Sequence[str]) -> Any:

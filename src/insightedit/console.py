@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import click
 
+from insightedit.platform.errors import UsageError
 from insightedit.platform.workdir import Workdir
 
 
@@ -101,6 +102,25 @@ def emit(value: object, as_json: bool, show: Callable[[], Iterable[str]]) -> Non
     else:
         for line in show():
             click.echo(line, file=results)
+
+
+def emit_manifests(manifests: Sequence[dict[str, Any]], out: Path | None, as_json: bool, dry_run: bool) -> None:
+    """Write objects of Kubernetes as YAML to a file, or print them."""
+    from insightedit.platform.kube import to_yaml
+
+    text = to_yaml(manifests)
+    if out is None:
+        emit(manifests, as_json, lambda: [text.rstrip()])
+        return
+    objects = [f"{one['kind']} {one['metadata']['name']}" for one in manifests]
+    said = f"{'would write' if dry_run else 'wrote'} {' and '.join(objects)} to {out}: `kubectl apply -f {out}`"
+    if not dry_run:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--out {out} cannot be written: {error.strerror}.") from None
+    emit({"out": out, "objects": objects}, as_json, lambda: [said])
 
 
 def columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
