@@ -39,6 +39,7 @@ Count = Annotated[int, Field(ge=1)]
 Sizes = Annotated[Count | tuple[Count, Count], BeforeValidator(_check_sizes)]
 Share = Annotated[float, Field(ge=0, le=1)]
 StageNumber = Annotated[int, Field(ge=1, le=len(STAGES))]
+Place = dict[str, str]
 
 
 class _Settings(BaseModel):
@@ -90,6 +91,8 @@ class DataConfig(_Settings):
     """Shards of a dataset whose rows are shuffled together."""
     cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """GiB of shards that each data task keeps in memory; best the shards of a window of every dataset in a stage."""
+    place: Place = {}
+    """Labels of the nodes that prepare and stream data, as in Ray's label selectors: `{group: data}`."""
 
 
 class StageConfig(_Settings):
@@ -165,6 +168,8 @@ class WorkersConfig(_Settings):
     data_cpus: Annotated[float, Field(gt=0)] = 0.5
     steps_per_block: Count = 8
     """Optimiser steps whose samples one data task collates for one worker."""
+    place: Place = {}
+    """Labels of the nodes that train, as in Ray's label selectors: `{group: train}`."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """What a worker's device can do at best, in 10^12 floating point operations a second at the stages' precision; with
     it the model FLOPs utilisation is reported."""
@@ -344,13 +349,13 @@ class RunConfig(_Settings):
         return self
 
     def model_sources(self) -> ModelConfig:
-        """The model's config with every source as a folder that exists or a hub id.
+        """The model's config with every source as a folder or file that exists, or a hub id.
 
         Raises:
-            NotFoundError: a source is a folder and is missing.
+            NotFoundError: a source is a folder or file and is missing.
         """
         sources = dataclasses.asdict(self.model.sources)
-        found = {part: _resolve_source(f"model.sources.{part}", source) for part, source in sources.items()}
+        found = {part: source and _resolve_source(f"model.sources.{part}", source) for part, source in sources.items()}
         return dataclasses.replace(self.model, sources=SourcesConfig(**found))
 
     def fingerprint(self, stage: int) -> str:
@@ -388,6 +393,13 @@ def load_preset(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(content)
     except ValidationError as error:
         raise UsageError(_sentence(error, path)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """A resolved config as YAML that `load_preset` reads back; it extends nothing."""
+    content = config.model_dump(mode="json")
+    content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def preset_names() -> list[str]:
@@ -524,16 +536,16 @@ def _known_fields(section: Sequence[str]) -> list[str]:
 
 def _resolve_source(field: str, source: str) -> str:
     if source.startswith(_PACKAGE):
-        folder = PRESETS / source.removeprefix(_PACKAGE)
+        place = PRESETS / source.removeprefix(_PACKAGE)
     else:
-        folder = Path(source).expanduser().absolute()
-        # "owner/name" is a hub id, unless it is a folder here.
+        place = Path(source).expanduser().absolute()
+        # "owner/name" is a hub id, unless it is here.
         is_hub_id = not source.startswith((".", "/", "~")) and source.count("/") <= 1
-        if is_hub_id and not folder.is_dir():
+        if is_hub_id and not place.exists():
             return source
-    if not folder.is_dir():
-        raise NotFoundError(f"{field} is {source}, and there is no folder {folder}; make it or name another source.")
-    return str(folder)
+    if not place.exists():
+        raise NotFoundError(f"{field} is {source}, and there is no {place}; make it or name another source.")
+    return str(place)
 
 
 def _sha256(content: object) -> str:
