@@ -39,6 +39,7 @@ Count = Annotated[int, Field(ge=1)]
 Sizes = Annotated[Count | tuple[Count, Count], BeforeValidator(_check_sizes)]
 Share = Annotated[float, Field(ge=0, le=1)]
 StageNumber = Annotated[int, Field(ge=1, le=len(STAGES))]
+Place = dict[str, str]
 
 
 class _Settings(BaseModel):
@@ -90,6 +91,8 @@ class DataConfig(_Settings):
     """Shards of a dataset whose rows are shuffled together."""
     cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """GiB of shards that each data task keeps in memory; best the shards of a window of every dataset in a stage."""
+    place: Place = {}
+    """Labels of the nodes that prepare and stream data, as in Ray's label selectors: `{group: data}`."""
 
 
 class StageConfig(_Settings):
@@ -160,6 +163,8 @@ class WorkersConfig(_Settings):
     data_cpus: Annotated[float, Field(gt=0)] = 0.5
     steps_per_block: Count = 8
     """Optimiser steps whose samples one data task collates for one worker."""
+    place: Place = {}
+    """Labels of the nodes that train, as in Ray's label selectors: `{group: train}`."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """What a worker's device can do at best, in 10^12 floating point operations a second at the stages' precision; with
     it the model FLOPs utilisation is reported."""
@@ -379,6 +384,13 @@ def load_preset(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(content)
     except ValidationError as error:
         raise UsageError(_sentence(error, path)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """A resolved config as YAML that `load_preset` reads back; it extends nothing."""
+    content = config.model_dump(mode="json")
+    content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def preset_names() -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from insightedit.platform.config import KubeConfig, PlacementConfig, RunConfig
+from insightedit.platform.config import KubeConfig, PlacementConfig, RunConfig, dump_config
 from insightedit.platform.errors import UsageError
 from insightedit.platform.ingest import TASK_CPUS
 from insightedit.platform.workdir import ENVIRONMENT_VARIABLE
@@ -154,11 +154,6 @@ def _train_group(config: RunConfig) -> PodGroup:
         placement=pods,
         grace_seconds=pods.grace_seconds,
     )
-
-
-def dump_config(config: RunConfig) -> str:
-    """A resolved config as YAML that `load_preset` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def check_name(name: str) -> str:

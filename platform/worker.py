@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from insightedit.model.attention import use_plain_attention
+from insightedit.platform import leases
 from insightedit.platform.bad_steps import BadStep, bad_step_entry, check_bad_step
 from insightedit.platform.checkpoints import (
     Checkpoint,
@@ -75,6 +76,9 @@ T = TypeVar("T")
 def train_worker(settings: Mapping[str, Any]) -> None:
     """What Ray Train runs in each worker: the plan's stages that are not done yet."""
     plan: TrainingPlan = settings["plan"]
+    if plan.lease is not None:
+        plan.lease.check(plan.name)
+        leases.watch(plan.lease)
     os.environ["OMP_NUM_THREADS"] = str(plan.config.workers.threads)
     torch.set_num_threads(plan.config.workers.threads)
     for number in settings["stages"]:

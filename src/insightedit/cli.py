@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__
+from insightedit import __version__, cli_cluster
 from insightedit.console import (
     Group,
     Session,
@@ -311,14 +311,12 @@ def _registered(result: TrainingResult, config: RunConfig) -> str | None:
 
 def _show_plan(config: RunConfig, stages: Sequence[int]) -> Iterable[str]:
     """A config as YAML, after comments on what would be done with it."""
-    import yaml
+    from insightedit.platform.config import dump_config
 
     workers = config.workers
     yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {workers.shown} workers of"
     yield f"# {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
-    content = config.model_dump(mode="json")
-    content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
-    yield yaml.safe_dump(content, sort_keys=False).rstrip()
+    yield dump_config(config).rstrip()
 
 
 def _show_training(result: TrainingResult, version: str | None) -> Iterable[str]:
@@ -330,6 +328,12 @@ def _show_training(result: TrainingResult, version: str | None) -> Iterable[str]
     yield f"run {result.name}, pipeline {result.folder}"
     if version is not None:
         yield f"version {version}: `insightedit evaluate {version}`, then `insightedit promote {version}`"
+
+
+# -- on a cluster ---------------------------------------------------------------------------------------------------
+
+for command in cli_cluster.COMMANDS:
+    cli.add_command(command)
 
 
 # -- model versions -------------------------------------------------------------------------------------------------
