@@ -50,7 +50,7 @@ def peak() -> float:
     return int(found[1]) * 1024 / GIGABYTE
 
 
-def random_model(build: Callable[[], nn.Module]) -> Any:
+def random_model(build: Callable[[], Any]) -> Any:
     """A model in bf16 whose matrices are random, made without a second copy or another type on the way."""
     with torch.device("meta"):
         model = build().to(torch.bfloat16)
