@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from insightedit.platform.capacity import Nodes, NoRoomError, check_room
+from insightedit.platform.capacity import Nodes, NoRoomError, check_room, is_fixed
 from insightedit.platform.config import RunConfig, dump_config
 from insightedit.platform.errors import ClusterError, GateRefusedError, InsightEditError, NotFoundError, UsageError
 from insightedit.platform.leases import JOB_VARIABLE, is_owned, owner_of
@@ -116,8 +116,8 @@ class Jobs(JobSubmissionClient):
         with _answering(self.place):
             try:
                 super().__init__(self.place)
-            except (KeyError, TypeError, RuntimeError) as error:
-                raise ClusterError(f"What answers at {self.place} is no Ray cluster of ours: {error}.") from None
+            except (KeyError, TypeError) as error:
+                raise ClusterError(f"What answers at {self.place} is no Ray dashboard; check --address.") from error
 
     def _do_request(self, method: str, endpoint: str, **settings: Any) -> Any:
         settings.setdefault("timeout", _TIMEOUT_SECONDS)
@@ -201,7 +201,8 @@ class Jobs(JobSubmissionClient):
         with _answering(self.place):
             status = self._do_request("GET", "/api/cluster_status").json()["data"]["clusterStatus"]
             listed = self._do_request("GET", "/api/v0/nodes?detail=1&limit=10000").json()["data"]["result"]["result"]
-        if not _is_fixed(status):
+        report = (status or {}).get("autoscalerReport") or {}
+        if not is_fixed(report.get("nodeTypeMapping")):
             return None
         alive = [node for node in listed if node["state"] == "ALIVE"]
         return [Nodes(resources=node["resources_total"], labels=node["labels"]) for node in alive]
@@ -294,6 +295,7 @@ def supervise(
         ClusterError: the cluster did not come back in time.
     """
     restarts = 0
+    fixed = Jobs(address).nodes() is not None
     while True:
         end = _end_of(address, job, patience, say)
         if end is not None and end.status == JobStatus.SUCCEEDED:
@@ -306,12 +308,14 @@ def supervise(
             )
         restarts += 1
         say(f"Job {job} died: {reason}. Submitting run {submission.run} again, restart {restarts}.")
-        job = _patiently(address, patience, say, lambda jobs: _resubmit(jobs, submission))
+        job = _patiently(address, patience, say, lambda jobs: _resubmit(jobs, submission, fixed))
 
 
-def _resubmit(jobs: Jobs, submission: Submission) -> str:
+def _resubmit(jobs: Jobs, submission: Submission, fixed: bool) -> str:
     # Whoever still holds the run's lease is dead or will end; the job itself waits for that.
     nodes = jobs.nodes()
+    if nodes is None and fixed:
+        raise ClusterError(f"The cluster at {jobs.place} has not counted its nodes yet; wait a moment.")
     if nodes is not None:
         check_room(submission.config, nodes)
     return jobs.start(submission, _next_try(jobs.of(submission.run)))
@@ -378,6 +382,9 @@ def _answering(place: str) -> Generator[None]:
             f"The cluster at {place} refuses us ({reason}); set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or"
             " RAY_AUTH_TOKEN_PATH to its token."
         ) from None
+    except RuntimeError as error:  # What Ray's client makes of any answer but the one it wants.
+        reason = str(error).splitlines()[0][:200].rstrip(".")
+        raise ClusterError(f"The cluster at {place} answers with an error: {reason}; try again.") from error
     except OSError as error:  # Those of requests are among them.
         raise ClusterError(
             f"There is no Ray cluster at {place} ({type(error).__name__}); check --address and that its head runs."
@@ -404,13 +411,6 @@ def _job(details: JobDetails) -> Job | None:
 
 def _time(milliseconds: int | None) -> datetime | None:
     return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds else None
-
-
-def _is_fixed(status: Mapping[str, Any] | None) -> bool:
-    """Whether a cluster's autoscaler adds nothing: Ray's read-only one takes every node for a type of its own."""
-    report = (status or {}).get("autoscalerReport") or {}
-    types = cast(Mapping[str, str], report.get("nodeTypeMapping") or {})
-    return bool(types) and all(kind == f"node_{node}" for node, kind in types.items())
 
 
 def _next_try(before: Sequence[Job]) -> int:
