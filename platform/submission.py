@@ -57,6 +57,14 @@ class Submission:
     workdir: str
     """The work folder, as the cluster's nodes know it."""
 
+    def __post_init__(self) -> None:
+        """Check what can be checked without the cluster.
+
+        Raises:
+            UsageError: the config names a path that is not absolute.
+        """
+        check_paths(self.config)
+
     @property
     def fingerprint(self) -> str:
         """Of the config: a run's name stands for one."""
@@ -215,10 +223,9 @@ def submit(jobs: Jobs, submission: Submission, *, dry_run: bool = False) -> str 
         The name of its job; None for a dry run.
 
     Raises:
-        UsageError: the run's name is taken, the cluster has no room, or the config names a path that is not absolute.
+        UsageError: the run's name is taken, or the cluster has no room.
         ClusterError: the cluster does not answer or refuses the token.
     """
-    check_paths(submission.config)
     before = jobs.of(submission.run)
     check_name(jobs, submission, before)
     nodes = jobs.nodes()
@@ -253,7 +260,7 @@ def check_paths(config: RunConfig) -> None:
         UsageError: a path depends on where this command runs.
     """
     sources = asdict(config.model.sources)
-    paths = {f"model.sources.{part}": source for part, source in sources.items() if source.startswith((".", "~"))}
+    paths = {f"model.sources.{part}": one for part, one in sources.items() if one and one.startswith((".", "~"))}
     roots = {name: dataset.options.get("root") for name, dataset in config.data.datasets.items()}
     paths |= {f"data.datasets.{name}.options.root": root for name, root in roots.items() if root is not None}
     stores = {"data.store": config.data.store, "checkpoints.store": config.checkpoints.store}
