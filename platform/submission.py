@@ -91,6 +91,8 @@ class Job:
     workdir: str
     error: str
     """Ray's type of what went wrong, where it was not the command."""
+    message: str
+    """What Ray says of it; of a command that failed the end of its log."""
 
     @property
     def is_over(self) -> bool:
@@ -130,6 +132,13 @@ class Jobs(JobSubmissionClient):
     def _do_request(self, method: str, endpoint: str, **settings: Any) -> Any:
         settings.setdefault("timeout", _TIMEOUT_SECONDS)
         return super()._do_request(method, endpoint, **settings)
+
+    def _data(self, endpoint: str) -> Any:
+        """What the dashboard answers."""
+        reply = self._do_request("GET", endpoint).json()
+        if not reply["result"]:
+            raise RuntimeError(reply["msg"])
+        return reply["data"]
 
     def all(self) -> list[Job]:
         """Every job of a run, the newest first."""
@@ -207,8 +216,8 @@ class Jobs(JobSubmissionClient):
     def nodes(self) -> list[Nodes] | None:
         """The nodes that there are; None where an autoscaler may add others."""
         with _answering(self.place):
-            status = self._do_request("GET", "/api/cluster_status").json()["data"]["clusterStatus"]
-            listed = self._do_request("GET", "/api/v0/nodes?detail=1&limit=10000").json()["data"]["result"]["result"]
+            status = self._data("/api/cluster_status")["clusterStatus"]
+            listed = self._data("/api/v0/nodes?detail=1&limit=10000")["result"]["result"]
         report = (status or {}).get("autoscalerReport") or {}
         if not is_fixed(report.get("nodeTypeMapping")):
             return None
@@ -302,12 +311,12 @@ def supervise(
         ClusterError: the cluster did not come back in time.
     """
     restarts = 0
-    fixed = Jobs(address).nodes() is not None
+    fixed = _patiently(address, patience, say, lambda jobs: jobs.nodes() is not None)
     while True:
         end = _end_of(address, job, patience, say)
         if end is not None and end.status == JobStatus.SUCCEEDED:
             return end, restarts
-        reason = "the cluster lost it" if end is None else _death_of(Jobs(address), end)
+        reason = "the cluster lost it" if end is None else _death_of(end)
         if restarts == patience.max_restarts:
             raise InsightEditError(
                 f"Run {submission.run} died ({reason}) after {restarts} restarts; look at its log and submit it again,"
@@ -339,7 +348,7 @@ def _end_of(address: str, job: str, patience: Patience, say: Callable[[str], Non
         time.sleep(_POLL_SECONDS)
 
 
-def _death_of(jobs: Jobs, job: Job) -> str:
+def _death_of(job: Job) -> str:
     """Why a job died.
 
     Raises:
@@ -349,7 +358,7 @@ def _death_of(jobs: Jobs, job: Job) -> str:
         raise InsightEditError(f"Run {job.run} was cancelled; submit it again to go on with it.")
     if job.exit_code not in _ANSWERS and job.error != _NO_START:
         return job.error if job.exit_code is None else f"exit code {job.exit_code}"
-    raise _ANSWERS.get(job.exit_code or 1, InsightEditError)(f"Run {job.run} failed: {last_error(jobs.text(job))}")
+    raise _ANSWERS.get(job.exit_code or 1, InsightEditError)(f"Run {job.run} failed: {last_error(job.message)}")
 
 
 def last_error(text: str) -> str:
@@ -413,6 +422,7 @@ def _job(details: JobDetails) -> Job | None:
         config=metadata.get(_CONFIG, ""),
         workdir=metadata.get(_WORKDIR, ""),
         error=details.error_type or "",
+        message=details.message or "",
     )
 
 

@@ -143,13 +143,6 @@ def test_what_cannot_run_is_told_in_one_sentence_and_nothing_is_started(client: 
     assert client.run("status", "--json").json == before
 
 
-def test_training_on_this_machine_is_refused_where_it_would_wait_for_ever(client: Client, tmp_path: Path) -> None:
-    refused = client.run("train", "nano", "--set", "workers.cpus=100", INSIGHTEDIT_WORKDIR=str(tmp_path))
-    last = refused.err.strip().splitlines()[-1]
-    assert refused.code == 2
-    assert last.startswith("Error: The cluster has no room: workers.count asks for 2 x 100 CPUs, and 0 fit")
-
-
 def test_a_dry_run_says_what_it_would_do(client: Client) -> None:
     planned = client.run("submit", "nano", "--name", "planned", *PLACES, "--dry-run", "--json").json
     assert planned["job"] is None
@@ -162,7 +155,7 @@ def test_a_run_that_fails_by_itself_is_not_submitted_again(client: Client) -> No
     missing = ("--set", "model.sources.mllm=/no/such/folder")
     failed = client.run("submit", "nano", "--name", "failing", *missing, "--supervise")
     last = failed.err.strip().splitlines()[-1]
-    assert (failed.code, failed.out) == (4, "")
+    assert (failed.code, failed.out) == (4, ""), failed.err
     assert last.startswith("Error: Run failing failed: model.sources.mllm is /no/such/folder")
     told = client.run("status", "failing", "--json").json
     assert (told["state"], told["tries"], told["job"]["exit_code"]) == ("FAILED", 1, 4)

@@ -44,9 +44,6 @@ class Script:
         self.started.append(f"{what.run}.try{tried}")
         return self.started[-1]
 
-    def text(self, of: Job) -> str:
-        return f"{of.job} begins\nError: it broke.\nand died\n"
-
 
 def job(name: str, status: str, exit_code: int | None) -> Job:
     return Job(
@@ -59,6 +56,7 @@ def job(name: str, status: str, exit_code: int | None) -> Job:
         config="",
         workdir="/work",
         error="" if exit_code is not None else "JOB_SUPERVISOR_ACTOR_DIED",
+        message="Job entrypoint command failed, last available logs:\nit begins\nError: it broke.\nand dies\n",
     )
 
 
