@@ -105,7 +105,7 @@ def training_groups(config: RunConfig) -> list[PodGroup]:
     """The worker pods that a run needs.
 
     Raises:
-        UsageError: a pod would have a part of a GPU, or the last one fewer workers than the others.
+        UsageError: the last pod that trains would have fewer workers than the others.
     """
     return [_data_group(config), *_encoder_group(config), _train_group(config)]
 
@@ -127,24 +127,25 @@ def _encoder_group(config: RunConfig) -> Iterator[PodGroup]:
     data = config.data
     if not data.encoder_gpus:
         return
-    gpus = math.ceil(data.encoder_gpus)
     together = max(int(1 / data.encoder_gpus), 1)
     count = math.ceil(data.encoder_workers / together)
+    gpus = _whole_gpus(together, data.encoder_gpus)
     cpus = math.ceil(together * max(TASK_CPUS, config.workers.data_cpus))
     yield PodGroup(
         name="encode", place="data", cpus=cpus, gpus=gpus, least=count, most=count, placement=config.kube.encode
     )
 
 
+def _whole_gpus(processes: int, gpus: float) -> int:
+    """GPUs of a pod in which some processes take so many, or such a part of one, each; none takes parts of two."""
+    if gpus == 0 or gpus >= 1:
+        return processes * math.ceil(gpus)
+    return math.ceil(processes / int(1 / gpus))
+
+
 def _train_group(config: RunConfig) -> PodGroup:
     """Pods for the workers that train."""
     workers, pods = config.workers, config.kube.train
-    gpus = pods.workers * workers.gpus
-    if gpus != int(gpus):
-        raise UsageError(
-            f"kube.train.workers is {pods.workers}, and with workers.gpus {workers.gpus:g} a pod would have {gpus:g}"
-            " GPUs; choose numbers that make it a whole one."
-        )
     least, most = workers.sizes[0], workers.sizes[-1]
     if least % pods.workers or most % pods.workers:
         raise UsageError(
@@ -155,7 +156,7 @@ def _train_group(config: RunConfig) -> PodGroup:
         name="train",
         place="train",
         cpus=pods.workers * workers.cpus,
-        gpus=int(gpus),
+        gpus=_whole_gpus(pods.workers, workers.gpus),
         least=least // pods.workers,
         most=most // pods.workers,
         placement=pods,

@@ -21,7 +21,7 @@ from ray.serve.schema import ServeDeploySchema
 from test_serve_ray import picture, png, register_champion
 
 from insightedit.platform.cluster import connected
-from insightedit.platform.config import KubeConfig, RunConfig, load_preset
+from insightedit.platform.config import KubeConfig, RunConfig, load_preset, preset_names
 from insightedit.platform.errors import UsageError
 from insightedit.platform.kube import QUEUE_LABEL, WORK_FOLDER, Manifest, placed, to_yaml, training_manifests
 from insightedit.platform.workdir import Workdir
@@ -163,6 +163,22 @@ def test_the_groups_are_what_the_config_asks_for() -> None:
     assert "tolerations" not in groups["data"]["template"]["spec"]
 
 
+@pytest.mark.parametrize(
+    ("workers", "gpus", "expected"), [(1, 0.9, 1), (2, 0.5, 1), (3, 0.4, 2), (3, 0.6, 3), (4, 1, 4), (2, 2, 4)]
+)
+def test_workers_share_a_gpu_only_where_whole_ones_fit(workers: int, gpus: float, expected: int) -> None:
+    batches = [f"stages.{number}.global_batch=24" for number in (1, 2, 3)]
+    sizes = [f"workers.count={workers}", f"workers.gpus={gpus}", f"kube.train.workers={workers}"]
+    _, job = run_job(*batches, *sizes)
+    train = groups_of(job["spec"]["rayClusterSpec"])["train"]
+    assert container_of(train)["resources"]["limits"]["nvidia.com/gpu"] == str(expected)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_can_run_on_kubernetes(preset: str) -> None:
+    check_manifest(training_manifests(load_preset(preset), "mine")[-1])
+
+
 def test_processes_go_to_the_pods_that_are_for_them() -> None:
     config, job = run_job("data.encoder_gpus=1")
     groups = groups_of(job["spec"]["rayClusterSpec"])
@@ -251,7 +267,6 @@ def test_replicas_go_to_the_pods_that_are_for_them() -> None:
         ((), "a" * 48, "up to 47"),
         ((), "1st", "a letter first"),
         (("kube.train.workers=3",), "mine", "kube.train.workers is 3, which does not divide workers.count 2"),
-        (("workers.gpus=0.5",), "mine", "a pod would have 0.5 GPUs"),
         (("checkpoints.store=here",), "mine", "checkpoints.store is here: on a cluster, name a folder"),
     ],
 )

@@ -25,6 +25,9 @@ from insightedit.model.insightedit import build_pipeline
 from insightedit.model.mllm import hidden_states
 from insightedit.model.pipeline import load_pipeline
 from insightedit.model.weights import load_diffusion, load_image_encoder, load_mllm
+from insightedit.platform.editing import EditingTask
+from insightedit.platform.encoding import load_encoders
+from insightedit.platform.errors import UsageError
 
 PROMPT_LENGTH = 256
 PICTURE = Image.effect_noise((16, 16), 80).convert("RGB")
@@ -252,14 +255,32 @@ def test_pickles_are_refused_unread(sources: SourcesConfig, tmp_path: Path) -> N
     )
     (tmp_path / "v1-5.ckpt").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     for place in ("sd", "v1-5.ckpt"):
-        with pytest.raises(ValueError, match=r"are pickles.*convert them to safetensors as docs/weights\.md shows"):
-            load_diffusion(replace(sources, diffusion=str(tmp_path / place)))
+        own = replace(sources, diffusion=str(tmp_path / place))
+        task = EditingTask(key="", model=tiny_config(own), encoders="", validation=None)
+        for load in (lambda own=own: load_encoders(own), task.build_model):
+            with pytest.raises(UsageError, match=r"are pickles.*convert them to safetensors as docs/weights\.md shows"):
+                load()
     layouts.llava_15(tmp_path / "llava")
     for file in (tmp_path / "llava").glob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))
     (tmp_path / "llava" / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match=r"model\.sources\.mllm is .* are pickles"):
         load_mllm(replace(sources, mllm=str(tmp_path / "llava")))
+
+
+def test_pickles_load_once_they_are_converted_as_the_docs_show(
+    sources: SourcesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = layouts.whole_clip(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"state_dict": clip.state_dict()}, tmp_path / "pytorch_model.bin")
+    own = replace(sources, image_encoder=str(tmp_path))
+    with pytest.raises(ValueError, match="are pickles"):
+        load_image_encoder(own)
+    page = (Path(__file__).parents[1] / "docs/weights.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], {})  # noqa: S102 - a page of ours
+    assert load_image_encoder(own).visual_projection.weight.equal(clip.visual_projection.weight)
 
 
 def test_wrong_single_files_are_refused(
@@ -281,12 +302,24 @@ def test_wrong_single_files_are_refused(
     change(file, add={"first_stage_model.quant_conv.bias": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"the VAE of .* quant_conv\.bias"):
         load_diffusion(own, parts=["vae"])
+    change(file, add={"cond_stage_model.transformer.text_model.final_layer_norm.bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"the text encoder of .* is not Stable Diffusion 1\.x's"):
+        load_diffusion(own, parts=["text_encoder"])
     change(file, drop=[name for name in load_file(file) if name.startswith("cond_stage_model.")])
     with pytest.raises(ValueError, match=r"has no cond_stage_model\.transformer\.\*; name a whole"):
         load_diffusion(own, parts=["text_encoder"])
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"whole\.safetensors, which is damaged"):
         load_diffusion(own, parts=["vae"])
+
+
+def test_folders_without_a_model_are_refused(sources: SourcesConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.sources\.mllm is .*, which has no config\.json; name a whole model"):
+        load_mllm(replace(sources, mllm=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"model\.sources\.image_encoder is .* cannot be loaded"):
+        load_image_encoder(replace(sources, image_encoder=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"model\.sources\.diffusion is .*, and is no diffusers folder"):
+        load_diffusion(replace(sources, diffusion=str(tmp_path)), parts=["scheduler"])
 
 
 def test_other_llavas_of_their_authors_are_refused(sources: SourcesConfig, tmp_path: Path) -> None:
