@@ -121,13 +121,16 @@ def _check_all(phase: Sequence[Need], nodes: Sequence[Nodes]) -> None:
             )
 
 
+def nodes_alive() -> list[Nodes]:
+    """The nodes of the cluster that this process is connected to."""
+    return [Nodes(resources=node["Resources"], labels=node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
 def nodes_here() -> list[Nodes]:
     """The nodes of the cluster that this process is connected to, and those that its autoscaler may add."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    there = [Nodes(resources=node["Resources"], labels=node["Labels"]) for node in alive]
     config: Any = state.get_cluster_config()
     groups = [] if config is None else config.node_group_configs
-    return there + [
+    return nodes_alive() + [
         Nodes(
             resources=dict(group.resources),
             labels=None,
