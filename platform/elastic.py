@@ -61,10 +61,11 @@ class CarefulScaling(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         possible = super()._count_possible_workers(reserved_resources)
-        place, each = self.scaling_config.label_selector, self.scaling_config._resources_per_worker_not_none
-        if not isinstance(place, dict):
+        place = cast("dict[str, str] | None", self.scaling_config.label_selector)
+        if place is None:
             return possible
         # What is reserved may be on nodes that the workers must not run on: Ray would wait there for ever.
+        each = cast(dict[str, float], self.scaling_config._resources_per_worker_not_none)
         cpus, gpus = each.get("CPU", 0.0), each.get("GPU", 0.0)
         need = Need(what="workers.count", count=possible, cpus=cpus, gpus=gpus, place=place)
         return min(possible, need.fitting(nodes_alive()))
