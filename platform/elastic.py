@@ -65,7 +65,7 @@ class CarefulScaling(ElasticScalingPolicy):
         if place is None:
             return possible
         # What is reserved may be on nodes that the workers must not run on: Ray would wait there for ever.
-        each = cast(dict[str, float], self.scaling_config._resources_per_worker_not_none)
+        each = cast(dict[str, float], self.scaling_config.resources_per_worker)
         cpus, gpus = each.get("CPU", 0.0), each.get("GPU", 0.0)
         need = Need(what="workers.count", count=possible, cpus=cpus, gpus=gpus, place=place)
         return min(possible, need.fitting(nodes_alive()))
