@@ -63,6 +63,7 @@ bench-data: $(INSTALLED) $(PEERS)  ## Our stream beside torch's DataLoader, Hugg
 
 KUBE := deploy/kuberay
 kube-examples: $(INSTALLED)  ## deploy/kuberay/ anew from run.yaml, after a change of what the commands write
+	$(BIN)/insightedit submit $(KUBE)/run.yaml --kube --name nano --out $(KUBE)/train.yaml
 	$(BIN)/insightedit serve up --kube --config $(KUBE)/run.yaml --model 1 --out $(KUBE)/serve.yaml
 
 clean:  ## Remove what building and running made; .venv and insightedit-work stay

@@ -295,6 +295,15 @@ def test_wrong_single_files_are_refused(
         load_diffusion(own, parts=["vae"])
 
 
+def test_folders_without_a_model_are_refused(sources: SourcesConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.sources\.mllm is .*, which has no config\.json; name a whole model"):
+        load_mllm(replace(sources, mllm=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"model\.sources\.image_encoder is .* cannot be loaded"):
+        load_image_encoder(replace(sources, image_encoder=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"model\.sources\.diffusion is .*, and is no diffusers folder"):
+        load_diffusion(replace(sources, diffusion=str(tmp_path)), parts=["scheduler"])
+
+
 def test_other_llavas_of_their_authors_are_refused(sources: SourcesConfig, tmp_path: Path) -> None:
     llava_11(tmp_path / "llava")
     path = tmp_path / "llava" / "config.json"
