@@ -96,7 +96,15 @@ class Room(CarefulScaling):
     """Our policy in a cluster that has room for so many workers."""
 
     def __init__(self, room: int, place: dict[str, str] | None = None) -> None:
-        super().__init__(ScalingConfig(num_workers=(2, 4), label_selector=place, elastic_resize_monitor_interval_s=0.0))
+        each: Any = {"CPU": 1.0}
+        super().__init__(
+            ScalingConfig(
+                num_workers=(2, 4),
+                resources_per_worker=each,
+                label_selector=place,
+                elastic_resize_monitor_interval_s=0.0,
+            )
+        )
         self.room = room
 
     def _maybe_send_resource_request(self) -> None:
