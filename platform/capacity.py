@@ -154,6 +154,11 @@ def nodes_here() -> list[Nodes] | None:
     report = json.loads(status or "{}").get("autoscaler_report") or {}
     if not _is_own() and not is_fixed(report.get("node_type_mapping")):
         return None
+    return nodes_alive()
+
+
+def nodes_alive() -> list[Nodes]:
+    """The nodes of the cluster that this process is connected to."""
     return [Nodes(resources=node["Resources"], labels=node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 

@@ -21,6 +21,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
+from insightedit.platform.capacity import Need, nodes_alive
 from insightedit.platform.surveillance import ask_for_checkpoint, checkpoint_is_made
 
 _ANSWER_SECONDS = 5.0
@@ -57,6 +58,17 @@ class CarefulScaling(ElasticScalingPolicy):
             for worker in workers:
                 worker.execute_async(ask_for_checkpoint)
         return NoopDecision()
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible = super()._count_possible_workers(reserved_resources)
+        place = cast("dict[str, str] | None", self.scaling_config.label_selector)
+        if place is None:
+            return possible
+        # What is reserved may be on nodes that the workers must not run on: Ray would wait there for ever.
+        each = cast(dict[str, float], self.scaling_config.resources_per_worker)
+        cpus, gpus = each.get("CPU", 0.0), each.get("GPU", 0.0)
+        need = Need(what="workers.count", count=possible, cpus=cpus, gpus=gpus, place=place)
+        return min(possible, need.fitting(nodes_alive()))
 
     def _get_reserved_resources(self) -> Any:
         # What the coordinator knows by itself is up to 20 seconds old: a node that has died since would be waited for.

@@ -23,6 +23,7 @@ from torch import multiprocessing
 
 from insightedit.platform import elastic as elastic_scaling
 from insightedit.platform import surveillance
+from insightedit.platform.capacity import Nodes
 from insightedit.platform.cluster import connected
 from insightedit.platform.elastic import CarefulScaling
 from insightedit.platform.errors import InsightEditError
@@ -94,8 +95,16 @@ def test_a_missing_part_is_told(states: Path, tmp_path: Path) -> None:
 class Room(CarefulScaling):
     """Our policy in a cluster that has room for so many workers."""
 
-    def __init__(self, room: int) -> None:
-        super().__init__(ScalingConfig(num_workers=(2, 4), elastic_resize_monitor_interval_s=0.0))
+    def __init__(self, room: int, place: dict[str, str] | None = None) -> None:
+        each: Any = {"CPU": 1.0}
+        super().__init__(
+            ScalingConfig(
+                num_workers=(2, 4),
+                resources_per_worker=each,
+                label_selector=place,
+                elastic_resize_monitor_interval_s=0.0,
+            )
+        )
         self.room = room
 
     def _maybe_send_resource_request(self) -> None:
@@ -149,6 +158,21 @@ def test_a_group_that_ended_starts_with_what_there_is_room_for() -> None:
     decision = policy.make_decision_for_non_running_worker_group()
     assert isinstance(decision, ResizeDecision)
     assert decision.num_workers == 3
+
+
+def test_room_on_nodes_for_other_work_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        Nodes(resources={"CPU": 16.0}, labels={"group": "data"}),
+        Nodes(resources={"CPU": 2.0}, labels={"group": "train"}),
+        Nodes(resources={"CPU": 1.5}, labels={"group": "train"}),
+    ]
+    monkeypatch.setattr(elastic_scaling, "nodes_alive", lambda: nodes)
+    policy = Room(16, {"group": "train"})
+    decision = policy.make_decision_for_non_running_worker_group()
+    assert isinstance(decision, ResizeDecision)
+    assert decision.num_workers == 3
+    del nodes[1]
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
