@@ -103,7 +103,7 @@ def train(
         InsightEditError: preparing or training failed.
     """
     watchers = watchers or Watchers()
-    numbers = _numbers(config, stages)
+    numbers = stage_numbers(config, stages)
     name = name or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     clock = _Clock()
     with connected():
@@ -197,7 +197,12 @@ def build_model(config: RunConfig) -> InsightEditModel:
     return InsightEditModel(build_pipeline(model), model.lora, model.diffusion)
 
 
-def _numbers(config: RunConfig, stages: Sequence[int] | None) -> list[int]:
+def stage_numbers(config: RunConfig, stages: Sequence[int] | None) -> list[int]:
+    """The stages to train, in order; all of the config if None.
+
+    Raises:
+        UsageError: the config has no such stage.
+    """
     known = sorted(config.stages)
     wanted = known if stages is None else sorted(set(stages))
     if unknown := [number for number in wanted if number not in known]:

@@ -35,6 +35,18 @@ def build_pipeline(config: ModelConfig) -> InsightEditPipeline:
     diffusion = _load_diffusion(config.sources.diffusion)
     image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(config.sources.image_encoder, **float32)
     mllm: Any = AutoModelForImageTextToText.from_pretrained(config.sources.mllm, **float32)
+    return join_parts(config, diffusion, image_encoder, mllm)
+
+
+def join_parts(config: ModelConfig, diffusion: dict[str, Any], image_encoder: Any, mllm: Any) -> InsightEditPipeline:
+    """InsightEdit around its pretrained parts.
+
+    Args:
+        config: the model.
+        diffusion: the parts of Stable Diffusion by their names in a pipeline; the UNet is taken out, to be freed.
+        image_encoder: CLIP's vision tower with its projection.
+        mllm: the language model.
+    """
     text = diffusion["text_encoder"].config
     width = mllm.get_input_embeddings().weight.shape[1]
     unet = InsightEditUNet.from_unet(diffusion.pop("unet"), in_channels=2 * diffusion["vae"].config.latent_channels)
@@ -133,6 +145,11 @@ class InsightEditModel(nn.Module):
         # Not a submodule: the frozen encoders are no part of what is trained and kept in checkpoints.
         object.__setattr__(self, "_pipeline", pipeline)
 
+    @property
+    def own_pipeline(self) -> InsightEditPipeline:
+        """The pipeline whose parts are trained, with the frozen encoders."""
+        return cast(InsightEditPipeline, self._pipeline)
+
     def begin_stage(self, number: int) -> None:
         """Choose what trains. Stage 3 begins with the text's keys and values copied into the image branch."""
         stage = STAGES[number]
@@ -205,7 +222,7 @@ class InsightEditModel(nn.Module):
         Args:
             image_branch: whether f_img takes part: True once stage 3 has trained it.
         """
-        own = cast(InsightEditPipeline, self._pipeline)
+        own = self.own_pipeline
         parts = {name: part for name, part in own.components.items() if name != "mllm"}
         result = InsightEditPipeline(**parts, mllm=without_lora(self.mllm), **_settings(own), image_branch=image_branch)
         result.set_progress_bar_config(disable=True)

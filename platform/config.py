@@ -146,6 +146,9 @@ class WorkersConfig(_Settings):
     data_cpus: Annotated[float, Field(gt=0)] = 0.5
     steps_per_block: Count = 8
     """Optimiser steps whose samples one data task collates for one worker."""
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """GiB that training may fill on each worker: of its GPU, or of the machine where it has none. What needs more is
+    refused by a dry run. Not checked if None."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """What a worker's device can do at best, in 10^12 floating point operations a second at the stages' precision; with
     it the model FLOPs utilisation is reported."""
