@@ -113,7 +113,7 @@ def dry_run(config: RunConfig, stages: Sequence[int], utilisation: float = UTILI
     sources = config.model_sources()
     try:
         planned = {number: _StagePlan(config, sources, number) for number in stages}
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise NotFoundError(str(error)) from None
     return DryRun(
         stages={number: plan.stage() for number, plan in planned.items()},
@@ -145,7 +145,8 @@ class _StagePlan:
     def __init__(self, config: RunConfig, sources: ModelConfig, number: int) -> None:
         self._config, self._sources, self._number = config, sources, number
         self._stage = config.stages[number]
-        world = config.workers.count
+        # With a range of workers, the fewest have the most to hold.
+        world = config.workers.sizes[0]
         self._size = micro_batch_size(self._stage.global_batch, world, self._stage.micro_batch)
         self._setup = Setup(
             world=world,
@@ -259,7 +260,7 @@ def _resources(config: RunConfig) -> dict[str, dict[str, float]]:
     """What Ray is asked for, by what it is for; `cpus` and `gpus` are those of each."""
     workers, data = config.workers, config.data
     asked = {
-        "workers": {"count": workers.count, "cpus": workers.cpus, "gpus": workers.gpus},
+        "workers": {"count": workers.sizes[-1], "cpus": workers.cpus, "gpus": workers.gpus},
         "data_tasks": {"count": workers.data_tasks, "cpus": workers.data_cpus, "gpus": 0.0},
     }
     if data.encode == "while_training":
@@ -303,7 +304,7 @@ def _ways(config: RunConfig, number: int) -> Iterator[dict[str, Any]]:
         yield dict(changes)
     if config.workers.gpus and stage.offload == "none":
         yield {**changes, "offload": "optimizer"}
-    if stage.zero == 2 and config.workers.count > 1:
+    if stage.zero == 2 and config.workers.sizes[0] > 1:
         changes |= {"zero": 3, "validate_every": 0} if stage.validate_every else {"zero": 3}
         yield dict(changes)
     if config.workers.gpus and stage.offload != "all":

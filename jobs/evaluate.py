@@ -108,7 +108,7 @@ class EditorPool:
         workers = config.workers
         self._batch = config.evaluation.batch
         actor: Any = ray.remote(num_cpus=0.5, num_gpus=workers.gpus, max_restarts=1, max_task_retries=1)(PipelineActor)
-        self._actors: list[Any] = [actor.remote(workers.threads) for _ in range(workers.count)]
+        self._actors: list[Any] = [actor.remote(workers.threads) for _ in range(workers.sizes[0])]
 
     def __enter__(self) -> EditorPool:
         return self

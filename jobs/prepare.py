@@ -103,6 +103,7 @@ def _sharding(config: RunConfig, sources: SourcesConfig, name: str) -> Sharding:
         encoder_arguments=(sources, config.model.resolution),
         encoder_workers=data.encoder_workers,
         encoder_gpus=data.encoder_gpus,
+        place=data.place,
     )
 
 

@@ -6,8 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,13 +14,16 @@ import torch
 from insightedit.jobs.prepare import PreparedDataset, prepare
 from insightedit.jobs.prepare import Progress as PrepareProgress
 from insightedit.model.insightedit import InsightEditModel, build_pipeline
+from insightedit.platform.capacity import check_room, nodes_here
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import RunConfig
 from insightedit.platform.editing import EditingTask
 from insightedit.platform.errors import InsightEditError, UsageError
+from insightedit.platform.leases import claimed
 from insightedit.platform.storage import Store
 from insightedit.platform.tracking import TrackedRun, end_run, start_run
 from insightedit.platform.trainer import (
+    RUN_NAME,
     Progress,
     StageResult,
     TrainingPlan,
@@ -30,9 +32,7 @@ from insightedit.platform.trainer import (
     train_stages,
     write_json,
 )
-from insightedit.platform.workdir import Workdir
-
-_RUN_NAME = "run.json"
+from insightedit.platform.workdir import Workdir, run_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,34 +99,37 @@ def train(
         watchers: who is told how far it is.
 
     Raises:
-        UsageError: a stage is unknown, or the run exists with another config.
+        UsageError: a stage is unknown, the run exists with another config or is being trained by somebody else, or
+            the cluster has no room for it.
         InsightEditError: preparing or training failed.
     """
     watchers = watchers or Watchers()
     numbers = stage_numbers(config, stages)
-    name = name or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    name = run_name(name, config.name)
     clock = _Clock()
-    with connected():
-        datasets = prepare(config, workdir, progress=watchers.prepare)
-        clock.lap("prepare")
-        plan = training_plan(config, workdir, name, numbers, datasets)
-        try:
-            results = train_stages(plan, watchers.train)
-        except BaseException:
-            _end(plan, "FAILED")
-            raise
-        clock.lap("train")
-    trained = {
-        result.stage: TrainedStage(
-            number=result.stage,
-            run_id=_tracked(plan).stage_runs[result.stage],
-            folder=export_stage(plan, result.stage),
-            result=result,
-        )
-        for result in results
-    }
-    _end(plan, "FINISHED")
-    clock.lap("export")
+    with claimed(workdir.runs / name, config.fingerprint(max(config.stages))) as lease:
+        with connected():
+            check_room(config, nodes_here())
+            datasets = prepare(config, workdir, progress=watchers.prepare)
+            clock.lap("prepare")
+            plan = replace(training_plan(config, workdir, name, numbers, datasets), lease=lease)
+            try:
+                results = train_stages(plan, watchers.train)
+            except BaseException:
+                _end(plan, "FAILED")
+                raise
+            clock.lap("train")
+        trained = {
+            result.stage: TrainedStage(
+                number=result.stage,
+                run_id=_tracked(plan).stage_runs[result.stage],
+                folder=export_stage(plan, result.stage),
+                result=result,
+            )
+            for result in results
+        }
+        _end(plan, "FINISHED")
+        clock.lap("export")
     return TrainingResult(
         name=name,
         run_id=_tracked(plan).run_id,
@@ -159,7 +162,7 @@ def training_plan(
     fingerprints = {dataset.name: dataset.fingerprint for dataset in datasets.values()}
     tracked = start_run(workdir, name, config, fingerprints, continued)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _RUN_NAME, asdict(tracked))
+    write_json(folder / RUN_NAME, asdict(tracked))
     return TrainingPlan(
         name=name,
         workdir=workdir,
@@ -213,7 +216,7 @@ def stage_numbers(config: RunConfig, stages: Sequence[int] | None) -> list[int]:
 
 def _read_run(folder: Path) -> TrackedRun | None:
     """The MLflow runs of a training that was begun before."""
-    path = folder / _RUN_NAME
+    path = folder / RUN_NAME
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -19,11 +19,14 @@ class SourcesConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
     diffusion: str
-    """Stable Diffusion folder: `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`."""
+    """Stable Diffusion or InstructPix2Pix: a folder with `unet`, `vae`, `text_encoder`, `tokenizer` and `scheduler`, or
+    a single `.safetensors` file."""
     image_encoder: str
-    """CLIP vision tower with projection, and its image processor."""
+    """CLIP vision tower with projection, alone or in a whole CLIP, and its image processor."""
     mllm: str
-    """Any model that `AutoModelForImageTextToText` and `AutoProcessor` load."""
+    """Any model that `AutoModelForImageTextToText` and `AutoProcessor` load, or LLaVA v1.1 in its authors' layout."""
+    vision_tower: str | None = None
+    """The CLIP tower of such a LLaVA v1.1, where it is not what the model's own config names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

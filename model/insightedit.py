@@ -7,14 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor, nn
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPVisionModelWithProjection,
-)
 
 from insightedit.model.bridge import BidirectionalInteraction, ImageAlignmentAdapter, QFormer
 from insightedit.model.configuration import DiffusionConfig, LoraConfig, ModelConfig
@@ -24,41 +18,54 @@ from insightedit.model.mllm import MultimodalTokens, add_lora, hidden_states, to
 from insightedit.model.pipeline import InsightEditPipeline
 from insightedit.model.stages import STAGES, part_of
 from insightedit.model.unet import AttentionContext, InsightEditUNet
+from insightedit.model.weights import (
+    load_diffusion,
+    load_image_encoder,
+    load_image_processor,
+    load_mllm,
+    load_mllm_processor,
+)
 
 
-def build_pipeline(config: ModelConfig) -> InsightEditPipeline:
+def build_pipeline(config: ModelConfig, dtype: torch.dtype = torch.float32) -> InsightEditPipeline:
     """The untrained InsightEdit: pretrained sources, and InsightEdit's own parts freshly initialised.
 
     Own parts follow torch's random state. The UNet gets eight input channels, the new ones zero.
-    """
-    float32: Any = {"dtype": torch.float32}
-    diffusion = _load_diffusion(config.sources.diffusion)
-    image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(config.sources.image_encoder, **float32)
-    mllm: Any = AutoModelForImageTextToText.from_pretrained(config.sources.mllm, **float32)
-    return join_parts(config, diffusion, image_encoder, mllm)
-
-
-def join_parts(config: ModelConfig, diffusion: dict[str, Any], image_encoder: Any, mllm: Any) -> InsightEditPipeline:
-    """InsightEdit around its pretrained parts.
 
     Args:
         config: the model.
-        diffusion: the parts of Stable Diffusion by their names in a pipeline; the UNet is taken out, to be freed.
+        dtype: of all weights; the pretrained ones are read in it, so that there is never a second copy of them.
+    """
+    diffusion = load_diffusion(config.sources, dtype)
+    channels = 2 * diffusion["vae"].config.latent_channels
+    diffusion["unet"] = InsightEditUNet.from_unet(diffusion["unet"], in_channels=channels)
+    image_encoder: Any = load_image_encoder(config.sources, dtype)
+    pipeline = join_parts(config, diffusion, image_encoder, load_mllm(config.sources, dtype))
+    for part in (pipeline.mm_tokens, pipeline.qformer, pipeline.bim, pipeline.adapter):
+        nn.Module.to(part, dtype)  # diffusers' own warns of nothing
+    return pipeline
+
+
+def join_parts(config: ModelConfig, diffusion: dict[str, Any], image_encoder: Any, mllm: Any) -> InsightEditPipeline:
+    """InsightEdit's own parts, freshly initialised, around pretrained ones.
+
+    Args:
+        config: the model.
+        diffusion: the parts of Stable Diffusion by their names in a pipeline, with InsightEdit's UNet.
         image_encoder: CLIP's vision tower with its projection.
         mllm: the language model.
     """
+    unet: InsightEditUNet = diffusion["unet"]
     text = diffusion["text_encoder"].config
     width = mllm.get_input_embeddings().weight.shape[1]
-    unet = InsightEditUNet.from_unet(diffusion.pop("unet"), in_channels=2 * diffusion["vae"].config.latent_channels)
     mm_tokens = MultimodalTokens(config.num_mm_tokens, width)
     mm_tokens.start_from(mllm)
     return InsightEditPipeline(
         **diffusion,
-        unet=unet,
         image_encoder=image_encoder,
-        image_processor=AutoImageProcessor.from_pretrained(config.sources.image_encoder),
+        image_processor=load_image_processor(config.sources),
         mllm=mllm,
-        mllm_processor=AutoProcessor.from_pretrained(config.sources.mllm),
+        mllm_processor=load_mllm_processor(config.sources),
         mm_tokens=mm_tokens,
         qformer=_build_qformer(config, text.max_position_embeddings, text.hidden_size, width),
         bim=BidirectionalInteraction(
@@ -99,14 +106,6 @@ def _build_qformer(config: ModelConfig, queries: int, size: int, width: int) -> 
         cross_attention_frequency=config.qformer.cross_attention_frequency,
         dropout=config.qformer.dropout,
     )
-
-
-def _load_diffusion(source: str) -> dict[str, Any]:
-    """The parts of a Stable Diffusion folder or hub id that an edit needs."""
-    pipeline: Any = DiffusionPipeline.from_pretrained(
-        source, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
-    )
-    return {name: getattr(pipeline, name) for name in ("scheduler", "vae", "unet", "text_encoder", "tokenizer")}
 
 
 class InsightEditModel(nn.Module):

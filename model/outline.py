@@ -6,24 +6,27 @@ It is built on torch's `meta` device from config files alone: in seconds and in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
+from insightedit.model import llava
 from insightedit.model.configuration import ModelConfig, SourcesConfig
 from insightedit.model.insightedit import InsightEditModel, join_parts
 from insightedit.model.pipeline import InsightEditPipeline
+from insightedit.model.unet import InsightEditUNet
+from insightedit.model.weights import SINGLE_FILE_CONFIG, load_diffusion
 
 T = TypeVar("T")
 
@@ -36,12 +39,11 @@ def build_outline(config: ModelConfig) -> InsightEditModel:
     """
     sources = config.sources
     diffusion = _outline_diffusion(sources)
+    vision: Any = _read("image_encoder", sources.image_encoder, CLIPVisionConfig.from_pretrained)
     with torch.device("meta"):
-        vision: Any = CLIPVisionConfig.from_pretrained
-        image_encoder = CLIPVisionModelWithProjection(_read(sources, "image_encoder", vision))
         mllm: Any = AutoModelForImageTextToText
-        language = mllm.from_config(_read(sources, "mllm", AutoConfig.from_pretrained), dtype=torch.float32)
-        pipeline = join_parts(config, diffusion, image_encoder, language)
+        language = mllm.from_config(_mllm_config(sources), dtype=torch.float32)
+        pipeline = join_parts(config, diffusion, CLIPVisionModelWithProjection(vision), language)
     # Not on `meta`: the noise schedule is a table that the loss looks things up in.
     return InsightEditModel(pipeline, config.lora, config.diffusion)
 
@@ -72,32 +74,37 @@ def outline_batch(pipeline: InsightEditPipeline, rows: int) -> dict[str, Tensor]
 
 
 def _outline_diffusion(sources: SourcesConfig) -> dict[str, Any]:
-    """The parts of a Stable Diffusion folder or hub id that training needs."""
+    """The parts of Stable Diffusion by their names in a pipeline, with InsightEdit's UNet."""
+    source = str(SINGLE_FILE_CONFIG) if Path(sources.diffusion).is_file() else sources.diffusion
 
-    def part(read: Callable[..., T], name: str) -> T:
-        return _read(sources, "diffusion", lambda source: read(source, subfolder=name))
+    def read(load: Callable[..., Any], name: str) -> Any:
+        return _read("diffusion", source, lambda place: load(place, subfolder=name))
 
-    unet: Any = part(UNet2DConditionModel.load_config, "unet")
-    vae: Any = part(AutoencoderKL.load_config, "vae")
-    text: Any = part(CLIPTextConfig.from_pretrained, "text_encoder")
+    unet, vae = read(UNet2DConditionModel.load_config, "unet"), read(AutoencoderKL.load_config, "vae")
+    text = read(CLIPTextConfig.from_pretrained, "text_encoder")
     with torch.device("meta"):
-        built = {
-            "unet": UNet2DConditionModel.from_config(unet),
+        plain: Any = UNet2DConditionModel.from_config(unet)
+        parts = {
+            "unet": InsightEditUNet.from_unet(plain, in_channels=2 * vae["latent_channels"]),
             "vae": AutoencoderKL.from_config(vae),
             "text_encoder": CLIPTextModel(text),
         }
-    return {
-        **built,
-        "tokenizer": part(AutoTokenizer.from_pretrained, "tokenizer"),
-        "scheduler": part(DDPMScheduler.from_pretrained, "scheduler"),
-    }
+    return {**parts, **load_diffusion(sources, parts=("scheduler", "tokenizer"))}
 
 
-def _read(sources: SourcesConfig, field: str, read: Callable[[str], T]) -> T:
+def _mllm_config(sources: SourcesConfig) -> Any:
+    """The language model's config in transformers' terms."""
+    original = _read("mllm", sources.mllm, llava.original_config)
+    if original is None:
+        return _read("mllm", sources.mllm, AutoConfig.from_pretrained)
+    tower = _read("vision_tower", llava.tower_of(original, sources), CLIPVisionConfig.from_pretrained)
+    return llava.converted_config(sources.mllm, original, tower)
+
+
+def _read(field: str, source: str, load: Callable[[str], T]) -> T:
     """What is read from a source's config files."""
-    source = str(getattr(sources, field))
     try:
-        return read(source)
+        return load(source)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(

@@ -512,7 +512,13 @@ def load_editor(folder: str | Path, dtype: torch.dtype = torch.float32) -> Insig
 def _load(folder: str | Path, dtype: torch.dtype, leave_out: Sequence[str]) -> InsightEditPipeline:
     absent: dict[str, Any] = dict.fromkeys(leave_out)
     pipeline: InsightEditPipeline = InsightEditPipeline.from_pretrained(
-        str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, **absent
+        str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, variant=_variant(folder), **absent
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _variant(folder: str | Path) -> str | None:
+    """How diffusers names the files of a folder that has its weights in half precision alone."""
+    names = [path.name for path in Path(folder).glob("*/*.safetensors")]
+    return "fp16" if names and all(".fp16." in name for name in names) else None

@@ -125,6 +125,7 @@ class InsightEditUNet(UNet2DConditionModel):
         own = {key: value for key, value in config.items() if not key.startswith("_")}
         build: Any = cls
         result: InsightEditUNet = build(**own)
+        nn.Module.to(result, unet.dtype)  # diffusers' own warns of nothing
         weights = dict(unet.state_dict())
         first = torch.zeros_like(result.conv_in.weight)
         first[:, : unet.config["in_channels"]] = weights["conv_in.weight"]

@@ -352,6 +352,27 @@ class CheckpointStore:
             with self._locked():
                 shutil.rmtree(self._private("reading"))
 
+    @contextlib.contextmanager
+    def derived(self, checkpoint: Checkpoint, make: Callable[[Path], None]) -> Generator[Path]:
+        """What is made of a checkpoint on this machine, once, by the first rank that wants it.
+
+        Args:
+            checkpoint: a verified one.
+            make: makes it, in an empty folder that only its owner can open.
+
+        Yields:
+            The folder. It is removed with this: leave it when no rank on this machine needs it.
+        """
+        with self._locked():
+            folder = self._private("derived") / checkpoint.name
+            if not folder.is_dir():
+                _written_anew(working := folder.with_name(f"{_TEMPORARY}{folder.name}"), make)
+                working.rename(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+
     def verify(self, folder: Path) -> CheckpointInfo:
         """Check a checkpoint on this machine without opening any file that could run code.
 
@@ -454,7 +475,7 @@ class CheckpointStore:
     @contextlib.contextmanager
     def _locked(self) -> Generator[None]:
         """One rank of this machine at a time."""
-        with (self._private("reading").parent / "lock").open("w") as file:
+        with (self._private(".") / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

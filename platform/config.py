@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from insightedit.model.configuration import ModelConfig, SourcesConfig
 from insightedit.model.stages import STAGES, Part
@@ -25,9 +25,21 @@ from insightedit.platform.errors import NotFoundError, UsageError
 PRESETS = Path(__file__).parent / "presets"
 _PACKAGE = "package:"
 
+
+def _check_sizes(value: object) -> object:
+    """Refuse what is neither a number nor a range, in one sentence for both."""
+    ends = cast(Sequence[object], value) if isinstance(value, list | tuple) else [value]
+    numbers = [end for end in ends if type(end) is int and end >= 1]
+    if len(numbers) != len(ends) or (ends is value and (len(numbers) != 2 or numbers[0] > numbers[1])):
+        raise ValueError("it must be a number from 1 on, or a range [least, most] of them")
+    return value
+
+
 Count = Annotated[int, Field(ge=1)]
+Sizes = Annotated[Count | tuple[Count, Count], BeforeValidator(_check_sizes)]
 Share = Annotated[float, Field(ge=0, le=1)]
 StageNumber = Annotated[int, Field(ge=1, le=len(STAGES))]
+Place = dict[str, str]
 
 
 class _Settings(BaseModel):
@@ -79,6 +91,8 @@ class DataConfig(_Settings):
     """Shards of a dataset whose rows are shuffled together."""
     cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """GiB of shards that each data task keeps in memory; best the shards of a window of every dataset in a stage."""
+    place: Place = {}
+    """Labels of the nodes that prepare and stream data, as in Ray's label selectors: `{group: data}`."""
 
 
 class StageConfig(_Settings):
@@ -135,7 +149,10 @@ class StageConfig(_Settings):
 class WorkersConfig(_Settings):
     """The processes that train."""
 
-    count: Count = 2
+    count: Sizes = 2
+    """How many, or a range `[least, most]`: as many as there is room for, fewer and more as nodes go and come."""
+    resize_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """With a range: how often it is looked whether there is room for more workers."""
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """CPUs that Ray sets aside for each worker."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
@@ -146,6 +163,8 @@ class WorkersConfig(_Settings):
     data_cpus: Annotated[float, Field(gt=0)] = 0.5
     steps_per_block: Count = 8
     """Optimiser steps whose samples one data task collates for one worker."""
+    place: Place = {}
+    """Labels of the nodes that train, as in Ray's label selectors: `{group: train}`."""
     memory_gib: Annotated[float, Field(gt=0)] | None = None
     """GiB that training may fill on each worker: of its GPU, or of the machine where it has none. What needs more is
     refused by a dry run. Not checked if None."""
@@ -156,6 +175,17 @@ class WorkersConfig(_Settings):
     """Restarts after a worker died; -1 is without limit. Those after a node was taken away with notice do not count."""
     hang_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds without a step or another sign of progress after which a worker ends itself, to be started again."""
+
+    @property
+    def sizes(self) -> range:
+        """The numbers of workers that may train."""
+        least, most = (self.count, self.count) if isinstance(self.count, int) else self.count
+        return range(least, most + 1)
+
+    @property
+    def shown(self) -> str:
+        """The number or the range, as it is written."""
+        return str(self.count) if isinstance(self.count, int) else str(list(self.count))
 
 
 class CheckpointsConfig(_Settings):
@@ -301,11 +331,7 @@ class RunConfig(_Settings):
                 if idle := parts.keys() - STAGES[number].trains:
                     trained = ", ".join(sorted(STAGES[number].trains))
                     raise ValueError(f"{where}.{field} names {sorted(idle)[0]!r}; the stage trains {trained}")
-            if stage.global_batch % self.workers.count:
-                raise ValueError(
-                    f"{where}.global_batch is {stage.global_batch}, which workers.count {self.workers.count} does not"
-                    " divide"
-                )
+            _check_divides(f"{where}.global_batch", stage.global_batch, self.workers)
             if stage.zero == 3 and stage.validate_every:
                 raise ValueError(f"{where}.validate_every must be 0 with zero: 3, where no worker has the whole model")
             if stage.offload == "all" and stage.zero != 3:
@@ -317,13 +343,13 @@ class RunConfig(_Settings):
         return self
 
     def model_sources(self) -> ModelConfig:
-        """The model's config with every source as a folder that exists or a hub id.
+        """The model's config with every source as a folder or file that exists, or a hub id.
 
         Raises:
-            NotFoundError: a source is a folder and is missing.
+            NotFoundError: a source is a folder or file and is missing.
         """
         sources = dataclasses.asdict(self.model.sources)
-        found = {part: _resolve_source(f"model.sources.{part}", source) for part, source in sources.items()}
+        found = {part: source and _resolve_source(f"model.sources.{part}", source) for part, source in sources.items()}
         return dataclasses.replace(self.model, sources=SourcesConfig(**found))
 
     def fingerprint(self, stage: int) -> str:
@@ -363,6 +389,13 @@ def load_preset(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UsageError(_sentence(error, path)) from None
 
 
+def dump_config(config: RunConfig) -> str:
+    """A resolved config as YAML that `load_preset` reads back; it extends nothing."""
+    content = config.model_dump(mode="json")
+    content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
+    return yaml.safe_dump(content, sort_keys=False)
+
+
 def preset_names() -> list[str]:
     """The presets that come with the package."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -375,6 +408,18 @@ def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from flattened(cast(Mapping[str, Any], value), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _check_divides(field: str, batch: int, workers: WorkersConfig) -> None:
+    """Check that each number of workers takes an equal share of a batch.
+
+    Raises:
+        ValueError: one does not; the sentence names those that do.
+    """
+    if wrong := [size for size in workers.sizes if batch % size]:
+        which = "" if isinstance(workers.count, int) else f" with {' or '.join(map(str, wrong))} workers"
+        fit = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
+        raise ValueError(f"{field} is {batch}, which workers.count {workers.shown} does not divide{which}; {fit} do")
 
 
 def _find(source: str) -> Path:
@@ -485,16 +530,16 @@ def _known_fields(section: Sequence[str]) -> list[str]:
 
 def _resolve_source(field: str, source: str) -> str:
     if source.startswith(_PACKAGE):
-        folder = PRESETS / source.removeprefix(_PACKAGE)
+        place = PRESETS / source.removeprefix(_PACKAGE)
     else:
-        folder = Path(source).expanduser().absolute()
-        # "owner/name" is a hub id, unless it is a folder here.
+        place = Path(source).expanduser().absolute()
+        # "owner/name" is a hub id, unless it is here.
         is_hub_id = not source.startswith((".", "/", "~")) and source.count("/") <= 1
-        if is_hub_id and not folder.is_dir():
+        if is_hub_id and not place.exists():
             return source
-    if not folder.is_dir():
-        raise NotFoundError(f"{field} is {source}, and there is no folder {folder}; make it or name another source.")
-    return str(folder)
+    if not place.exists():
+        raise NotFoundError(f"{field} is {source}, and there is no {place}; make it or name another source.")
+    return str(place)
 
 
 def _sha256(content: object) -> str:

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoProcessor
 
 from insightedit.model.configuration import ModelConfig
 from insightedit.model.insightedit import InsightEditModel, build_pipeline
 from insightedit.model.prompts import PromptEncoder
 from insightedit.model.stages import STAGES, Part, part_of
+from insightedit.model.weights import load_mllm_processor
 from insightedit.platform.config import DatasetConfig
 from insightedit.platform.datasets import reader_named, records_of
 from insightedit.platform.encoding import RecordEncoder
@@ -56,7 +56,7 @@ class EditingTask:
 
     def make_collate(self) -> Collate:
         """Rows of prepared shards to a model's inputs."""
-        processor = AutoProcessor.from_pretrained(self.model.sources.mllm)
+        processor = load_mllm_processor(self.model.sources)
         prompts = PromptEncoder(processor, self.model.num_mm_tokens, self.model.prompt_length)
 
         def collate(table: Table) -> Arrays:

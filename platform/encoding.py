@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPTextModel, CLIPVisionModelWithProjection
 
 from insightedit.model.configuration import SourcesConfig
 from insightedit.model.encoders import FrozenEncoders, squared
+from insightedit.model.weights import load_diffusion, load_image_encoder, load_image_processor
 from insightedit.platform.pictures import decode_squares, to_tensor
 from insightedit.platform.shards import Table, add_features
 
@@ -23,14 +22,9 @@ _TEXTS = 256
 
 def load_encoders(sources: SourcesConfig) -> FrozenEncoders:
     """The frozen encoders of a model's sources, in float32."""
-    diffusion, clip = sources.diffusion, sources.image_encoder
-    float32: Any = {"dtype": torch.float32}
+    diffusion = load_diffusion(sources, parts=("vae", "text_encoder", "tokenizer"))
     return FrozenEncoders(
-        vae=AutoencoderKL.from_pretrained(diffusion, subfolder="vae", torch_dtype=torch.float32),
-        text_encoder=CLIPTextModel.from_pretrained(diffusion, subfolder="text_encoder", **float32),
-        tokenizer=AutoTokenizer.from_pretrained(diffusion, subfolder="tokenizer"),
-        image_encoder=CLIPVisionModelWithProjection.from_pretrained(clip, **float32),
-        image_processor=AutoImageProcessor.from_pretrained(clip),
+        **diffusion, image_encoder=load_image_encoder(sources), image_processor=load_image_processor(sources)
     )
 
 

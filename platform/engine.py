@@ -24,8 +24,8 @@ from insightedit.model.memory import checkpoint_activations, halve_frozen
 from insightedit.model.stages import Part
 from insightedit.platform.config import StageConfig
 from insightedit.platform.errors import InsightEditError
+from insightedit.platform.universal import STATE, load_universal
 
-_TAG = "state"
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Its shared-memory collectives want a compiler on every machine and train no faster; gloo is as good.
 cast(dict[str, bool], deepspeed.ops.__compatible_ops__)["deepspeed_shm_comm"] = False
@@ -264,11 +264,11 @@ def snapshot_state(engine: Any, rank: int) -> Callable[[Path], None]:
     try:
         # The folder is only named: what DeepSpeed itself leaves there is scripts.
         with tempfile.TemporaryDirectory() as scratch:
-            engine.save_checkpoint(scratch, tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+            engine.save_checkpoint(scratch, tag=STATE, save_latest=False, exclude_frozen_parameters=True)
     finally:
         engine.checkpoint_engine = own
     states = {str(Path(path).relative_to(scratch)): state for path, state in snapshot.states.items()}
-    states[f"random-{rank}.pt"] = _random_state()
+    states[_random_name(rank)] = _random_state(engine.device)
 
     def write(folder: Path) -> None:
         for name, state in states.items():
@@ -284,10 +284,32 @@ def load_state(engine: Any, folder: Path, rank: int) -> None:
     Raises:
         InsightEditError: it lacks a parameter that trains, or has one that the model does not.
     """
-    loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG, custom_load_fn=_load_module)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=STATE, custom_load_fn=_load_module)
     if loaded is None:
         raise InsightEditError(f"DeepSpeed found no checkpoint in {folder}; delete it.")
-    _restore_random_state(torch.load(folder / f"random-{rank}.pt", weights_only=True))
+    _restore_random_state(torch.load(folder / _random_name(rank), weights_only=True), engine.device)
+
+
+def load_resized_state(engine: Any, folder: Path, universal: Path, rank: int, seed: int) -> None:
+    """Restore what another number of ranks left, as far as it can be.
+
+    Weights and optimiser are the same. A rank that there was draws on from where it was; others begin with a seed.
+
+    Args:
+        engine: DeepSpeed's, not trained yet.
+        folder: what `snapshot_state` wrote, verified.
+        universal: what was made of it by `insightedit.platform.universal.make_universal`.
+        rank: of this process.
+        seed: for a rank that there was not, its own.
+    """
+    load_universal(engine, universal, trained_parameters(engine.module))
+    own = folder / _random_name(rank)
+    if own.is_file():
+        _restore_random_state(torch.load(own, weights_only=True), engine.device)
+    else:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - others' global state
 
 
 def _load_module(src: Mapping[str, Tensor], dst: nn.Module) -> None:
@@ -302,20 +324,24 @@ def _load_module(src: Mapping[str, Tensor], dst: nn.Module) -> None:
         raise InsightEditError(f"The checkpoint has a parameter {unknown[0]} that the model has not; delete it.")
 
 
-def _random_state() -> dict[str, Any]:
+def _random_name(rank: int) -> str:
+    return f"random-{rank}.pt"
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
     _, key, position, has_gauss, gauss = cast(Any, np.random.get_state(legacy=True))  # noqa: NPY002 - others' global state
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "python": random.getstate(),
         "numpy": (torch.from_numpy(key.astype(np.int64)), position, has_gauss, gauss),
     }
 
 
-def _restore_random_state(state: Mapping[str, Any]) -> None:
+def _restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
-    for device, one in enumerate(state["cuda"]):
-        torch.cuda.set_rng_state(one, device)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
     random.setstate(state["python"])
     key, *rest = state["numpy"]
     np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *rest))  # noqa: NPY002 - others' global state

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from insightedit.platform.config import KubeConfig, PlacementConfig, RunConfig
+from insightedit.platform.config import KubeConfig, PlacementConfig, RunConfig, dump_config
 from insightedit.platform.errors import UsageError
 from insightedit.platform.ingest import TASK_CPUS
 from insightedit.platform.workdir import ENVIRONMENT_VARIABLE
@@ -138,9 +138,10 @@ def _train_group(config: RunConfig) -> PodGroup:
             f"kube.train.workers is {pods.workers}, and with workers.gpus {workers.gpus:g} a pod would have {gpus:g}"
             " GPUs; choose numbers that make it a whole one."
         )
-    if workers.count % pods.workers:
+    least, most = workers.sizes[0], workers.sizes[-1]
+    if least % pods.workers or most % pods.workers:
         raise UsageError(
-            f"kube.train.workers is {pods.workers}, which does not divide workers.count {workers.count}; choose one"
+            f"kube.train.workers is {pods.workers}, which does not divide workers.count {workers.shown}; choose one"
             " that does."
         )
     return PodGroup(
@@ -148,16 +149,11 @@ def _train_group(config: RunConfig) -> PodGroup:
         place="train",
         cpus=pods.workers * workers.cpus,
         gpus=int(gpus),
-        least=workers.count // pods.workers,
-        most=workers.count // pods.workers,
+        least=least // pods.workers,
+        most=most // pods.workers,
         placement=pods,
         grace_seconds=pods.grace_seconds,
     )
-
-
-def dump_config(config: RunConfig) -> str:
-    """A resolved config as YAML that `load_preset` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def check_name(name: str) -> str:

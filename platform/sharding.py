@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,6 +61,8 @@ class Sharding:
     encoder_arguments: tuple[Any, ...] = ()
     encoder_workers: int = 1
     encoder_gpus: float = 0.0
+    place: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Labels of the nodes that do all this."""
 
     def plan(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
         """All that the shards' bytes depend on, but for the encoders' weights."""
@@ -229,6 +231,7 @@ class _Work:
         sharding = self._sharding
         make_table = functools.partial(_read, sharding=sharding, store=self._store, start=start, tally=tally)
         dataset = chunk_dataset(sharding.name, self._chunks[start[0] :], make_table, sharding.tasks)
+        dataset.context.execution_options.label_selector = dict(sharding.place)
         dataset = dataset.repartition(target_num_rows_per_block=sharding.rows_per_shard, strict=True)
         whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": TASK_CPUS}
         if sharding.encoder is not None:

@@ -65,6 +65,8 @@ class StageStream:
     """CPUs that Ray sets aside for each data task."""
     cache_bytes: int = 1 << 30
     """Shards that each data task keeps in memory, in bytes."""
+    place: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Labels of the nodes that the data tasks run on."""
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Tells streams apart within a process that outlives one of them."""
 
@@ -180,6 +182,7 @@ def stream_dataset(stream: StageStream, start_step: int, world: int) -> Dataset:
         )
     dataset.set_name(f"stage-{stream.stage}")
     dataset.context.custom_execution_callback_classes = [_Unhurried]
+    dataset.context.execution_options.label_selector = dict(stream.place)
     return dataset
 
 

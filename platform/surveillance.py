@@ -6,6 +6,7 @@ import faulthandler
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from types import FrameType
 
 from ray.train.v2._internal.execution.callback import WorkerCallback
@@ -19,6 +20,27 @@ _STDERR = 2
 
 terminated = threading.Event()
 """Set once this process has had a SIGTERM."""
+
+
+@dataclass(slots=True)
+class _Requests:
+    """How often a checkpoint was asked for, and how many of these times one was made since."""
+
+    asked: int = 0
+    met: int = 0
+
+
+_requests = _Requests()
+
+
+def ask_for_checkpoint() -> None:
+    """Have the group that this process trains in make a checkpoint after the step it is in."""
+    _requests.asked += 1
+
+
+def checkpoint_is_made() -> bool:
+    """Whether that has been done."""
+    return _requests.met == _requests.asked
 
 
 class Watchdog:
@@ -49,7 +71,11 @@ class Watchdog:
 
 
 class Notices:
-    """Whether a part of this worker group is about to be taken away: a node that Ray drains, or SIGTERM."""
+    """Whether a checkpoint is wanted now.
+
+    That is when a part of this worker group is about to be taken away, which a node that Ray drains and SIGTERM say, or
+    when the group is to be started again with another number of workers.
+    """
 
     def __init__(self) -> None:
         self._heeded = -_ONE_NOTICE_SECONDS
@@ -57,19 +83,27 @@ class Notices:
 
     def pending(self) -> bool:
         """Whether this rank has had a notice that no checkpoint was made for. Costs no message to anyone."""
-        # ray.train.get_preemption_info() is a barrier through an actor, too slow for every step; this is what it reads.
-        news = (terminated.is_set(), get_train_context().preemption_context.preemption_info)
-        if news in ((False, None), self._known):
+        if self._news() in ((False, None, 0), self._known):
             return False
         if time.monotonic() - self._heeded < _ONE_NOTICE_SECONDS:
-            self._known = news
+            self._settle()
             return False
         return True
 
     def heed(self) -> None:
         """Say that a checkpoint was made for what any rank has heard."""
         self._heeded = time.monotonic()
-        self._known = (terminated.is_set(), get_train_context().preemption_context.preemption_info)
+        self._settle()
+
+    def _settle(self) -> None:
+        self._known = self._news()
+        _requests.met = _requests.asked
+
+    @staticmethod
+    def _news() -> tuple[bool, object, int]:
+        # ray.train.get_preemption_info() is a barrier through an actor, too slow for every step; this is what it reads.
+        info = get_train_context().preemption_context.preemption_info
+        return terminated.is_set(), info, _requests.asked
 
 
 class HeedTermination(WorkerCallback):

@@ -28,7 +28,9 @@ from insightedit.model.stages import STAGES
 from insightedit.platform.bad_steps import BadStepError
 from insightedit.platform.cluster import cause_of
 from insightedit.platform.config import RunConfig
+from insightedit.platform.elastic import CarefulScaling
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
+from insightedit.platform.leases import Lease
 from insightedit.platform.manifests import sha256_file
 from insightedit.platform.shards import ShardManifest
 from insightedit.platform.storage import Store
@@ -40,6 +42,9 @@ from insightedit.platform.workdir import Workdir
 
 WEIGHTS_NAME = "weights.safetensors"
 RESULT_NAME = "stage.json"
+RUN_NAME = "run.json"
+"""In a run's folder: its runs in MLflow."""
+PROGRESS_NAME = "progress.json"
 _PROGRESS_SECONDS = 0.5
 
 
@@ -56,6 +61,8 @@ class TrainingPlan:
     datasets: Mapping[str, Store]
     """Prepared shards of each dataset."""
     tracking: TrackedRun | None = None
+    lease: Lease | None = None
+    """What makes the run this job's alone."""
 
     @property
     def folder(self) -> Path:
@@ -85,7 +92,7 @@ class TrainingPlan:
     @property
     def progress(self) -> Path:
         """Where rank 0 says how far it is."""
-        return self.folder / "progress.json"
+        return self.folder / PROGRESS_NAME
 
     def fingerprint(self, number: int) -> str:
         """A sha256 over all that the weights after a stage depend on; a run goes on only under the same."""
@@ -113,6 +120,7 @@ class TrainingPlan:
             cache_bytes=int(data.cache_gib * 2**30),
             tasks=workers.data_tasks,
             cpus=workers.data_cpus,
+            place=data.place,
         )
 
 
@@ -221,11 +229,13 @@ class _Policy(DefaultFailurePolicy):
 
 
 class _Trainer(TorchTrainer):
-    """Ray's trainer with our policy: it has no setting for it."""
+    """Ray's trainer with our policies: it has no setting for them."""
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        policy = _Policy(cast(Any, self.run_config.failure_config))
-        return super()._initialize_and_run_controller(**{**settings, "failure_policy": policy})
+        settings["failure_policy"] = _Policy(cast(Any, self.run_config.failure_config))
+        if self.scaling_config.elasticity_enabled:
+            settings["scaling_policy"] = CarefulScaling(self.scaling_config)
+        return super()._initialize_and_run_controller(**settings)
 
 
 def _fit(plan: TrainingPlan, stages: list[int]) -> None:
@@ -237,7 +247,11 @@ def _fit(plan: TrainingPlan, stages: list[int]) -> None:
         _train_worker,
         train_loop_config={"plan": plan, "stages": stages},
         scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=cast(Any, resources)
+            num_workers=workers.count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker=cast(Any, resources),
+            label_selector=workers.place or None,
+            elastic_resize_monitor_interval_s=workers.resize_seconds,
         ),
         run_config=RayRunConfig(
             name=plan.name,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from insightedit.platform.errors import UsageError
 
 ENVIRONMENT_VARIABLE = "INSIGHTEDIT_WORKDIR"
 DEFAULT_FOLDER = "insightedit-work"
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +29,28 @@ class Workdir:
             path: the folder; without it `INSIGHTEDIT_WORKDIR`, then `./insightedit-work`.
 
         Raises:
-            UsageError: the path exists and is not a folder.
+            UsageError: the path exists and is not a folder, or is a URI.
         """
-        root = Path(path or os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_FOLDER).expanduser().absolute()
+        root = cls.place(path)
         if root.exists() and not root.is_dir():
             raise UsageError(f"--workdir {root} is a file; name a folder instead.")
         root.mkdir(parents=True, exist_ok=True)
         return cls(root)
+
+    @staticmethod
+    def place(path: str | Path | None = None) -> Path:
+        """Where the work folder is; on a cluster it may not be seen from here.
+
+        Raises:
+            UsageError: it is a URI.
+        """
+        place = Path(path or os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_FOLDER)
+        if place.parts[0].endswith(":"):
+            raise UsageError(
+                f"--workdir {place} must be a folder; only shards (data.store) and checkpoints (checkpoints.store) can"
+                " lie in an object store."
+            )
+        return place.expanduser().absolute()
 
     @property
     def tracking_uri(self) -> str:
@@ -63,3 +81,18 @@ class Workdir:
     def serve_state(self) -> Path:
         """What `serve up` started: address, process and version."""
         return self.root / "serve.json"
+
+
+def run_name(name: str | None, preset: str) -> str:
+    """The name of a run: the one that was given, or a new one after the preset.
+
+    Raises:
+        UsageError: it cannot be the name of a folder and of a job.
+    """
+    if name is None:
+        return f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if not _RUN_NAME.fullmatch(name):
+        raise UsageError(
+            f"--name {name} must be letters, digits, '_', '-' and '.', and begin with one of the first two."
+        )
+    return name

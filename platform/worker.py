@@ -8,7 +8,7 @@ import os
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from insightedit.model.attention import use_plain_attention
+from insightedit.platform import leases
 from insightedit.platform.bad_steps import BadStep, bad_step_entry, check_bad_step
 from insightedit.platform.checkpoints import (
     Checkpoint,
@@ -34,6 +35,7 @@ from insightedit.platform.config import StageConfig
 from insightedit.platform.engine import (
     StageLosses,
     gathered_weights,
+    load_resized_state,
     load_state,
     parameter_shape,
     snapshot_state,
@@ -59,6 +61,7 @@ from insightedit.platform.trainer import (
     stage_weights,
     write_json,
 )
+from insightedit.platform.universal import make_universal
 
 CURVE_NAME = "curve.jsonl"
 """Every point of a stage's curves, in its folder."""
@@ -73,6 +76,9 @@ T = TypeVar("T")
 def train_worker(settings: Mapping[str, Any]) -> None:
     """What Ray Train runs in each worker: the plan's stages that are not done yet."""
     plan: TrainingPlan = settings["plan"]
+    if plan.lease is not None:
+        plan.lease.check(plan.name)
+        leases.watch(plan.lease)
     os.environ["OMP_NUM_THREADS"] = str(plan.config.workers.threads)
     torch.set_num_threads(plan.config.workers.threads)
     for number in settings["stages"]:
@@ -178,13 +184,19 @@ class StageWorker:
             use_plain_attention(model)
         model.train()
         # Dropout differs between ranks; everything else that is random follows from the samples' own seeds.
-        seed = np.random.SeedSequence((self.plan.config.seed, self.number, self.layout.rank)).generate_state(1)
-        torch.manual_seed(int(seed[0]))
+        torch.manual_seed(self._seed())
         return model
+
+    def _seed(self) -> int:
+        """This rank's own, at the step it begins with."""
+        key = (self.plan.config.seed, self.number, self.layout.rank, self.start)
+        return int(np.random.SeedSequence(key).generate_state(1)[0])
 
     def _engine(self) -> Any:
         """DeepSpeed's engine, in the state of the checkpoint."""
-        layout = self.layout
+        layout, checkpoint = self.layout, self.checkpoint
+        if checkpoint is not None:
+            check_resumable(checkpoint.info, self._info(self.start), self.plan.name, self.plan.config.workers.sizes)
         scale = float(layout.world * layout.accumulation)
         engine = start_engine(
             StageLosses(self.model, self.number, self.config, self.names, scale),
@@ -194,12 +206,24 @@ class StageWorker:
             accumulation=layout.accumulation,
             device=layout.device,
         )
-        if self.checkpoint is not None:
-            check_resumable(self.checkpoint.info, self._info(self.start), self.plan.name)
-            load_state(engine, self.checkpoint.folder, layout.rank)
-            dist.barrier()
+        if checkpoint is not None:
+            if checkpoint.info.world_size == layout.world:
+                load_state(engine, checkpoint.folder, layout.rank)
+                dist.barrier()
+            else:
+                self._load_resized(engine, checkpoint)
             self.store.release()
         return engine
+
+    def _load_resized(self, engine: Any, checkpoint: Checkpoint) -> None:
+        """Take over what another number of workers left."""
+
+        def convert(folder: Path) -> None:
+            make_universal(checkpoint.folder, folder, checkpoint.info.world_size)
+
+        with self.store.derived(checkpoint, convert) as folder:
+            load_resized_state(engine, checkpoint.folder, folder, self.layout.rank, self._seed())
+            dist.barrier()
 
     def _restore_loop(self) -> None:
         """Take the loop, and the files that it adds to, back to where the checkpoint is."""
@@ -351,18 +375,24 @@ def checkpoint_store(plan: TrainingPlan, number: int) -> CheckpointStore:
     )
 
 
-def check_resumable(found: CheckpointInfo, own: CheckpointInfo, run: str) -> None:
-    """Check that a checkpoint is one that this worker group would have written.
+def check_resumable(found: CheckpointInfo, own: CheckpointInfo, run: str, sizes: range) -> None:
+    """Check that a checkpoint is one that this run would have written.
+
+    Args:
+        found: what it is of.
+        own: what one of this worker group would be of.
+        run: its name.
+        sizes: the numbers of workers that it may have.
 
     Raises:
-        UsageError: it is of another config, or of another number of workers.
+        UsageError: it is of another config, or of a number of workers that the run may not have.
     """
-    if found.world_size != own.world_size:
+    if found.world_size not in sizes:
         raise UsageError(
             f"Run {run} began stage {own.stage} with {found.world_size} workers and cannot go on with"
-            f" {own.world_size}; set workers.count to {found.world_size}."
+            f" {own.world_size}; set workers.count to {found.world_size}, or to a range that holds both."
         )
-    if found != own:
+    if replace(found, world_size=own.world_size) != own:
         raise UsageError(f"Run {run} began stage {own.stage} with another config; name the new run otherwise.")
 
 

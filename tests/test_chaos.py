@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -46,22 +46,29 @@ WORKER_CPUS = 2.5
 
 @dataclass
 class Machines:
-    """A head without work, a node for data and one for training, each with its own processes."""
+    """A head without work and nodes, such as one for data and one for training, each with its own processes."""
 
+    cpus: Mapping[str, int] = field(default_factory=lambda: NODE_CPUS)
+    """Of each node."""
     cluster: Any = field(default_factory=lambda: Cluster())  # noqa: PLW0108 - its type is not known
     nodes: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def start(self) -> None:
         self.cluster.add_node(num_cpus=0)
-        for name in NODE_CPUS:
-            self.add(name)
+        for name in self.cpus:
+            self.add(name, self.cpus[name])
         ray.init(address=self.cluster.address, logging_level=logging.ERROR, log_to_driver=False)
 
-    def add(self, name: str) -> None:
-        self.nodes[name] = self.cluster.add_node(num_cpus=NODE_CPUS[name], resources={name: 100})
+    def add(self, name: str, cpus: int) -> None:
+        self.nodes[name] = self.cluster.add_node(num_cpus=cpus, resources={name: 100})
 
     def kill_node(self, name: str) -> None:
-        """As when a machine loses its power; then it is started again."""
+        """A node is lost, and started again."""
+        self.lose_node(name)
+        self.add(name, self.cpus[name])
+
+    def lose_node(self, name: str) -> None:
+        """As when a machine loses its power."""
         node = self.nodes.pop(name)
         raylet = node.all_processes["raylet"][0].process
         below = psutil.Process(raylet.pid).children(recursive=True)
@@ -69,12 +76,11 @@ class Machines:
         for process in below:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.add(name)
 
     def drain_node(self, name: str, seconds: float) -> None:
         """Tell Ray that a node will be taken away, with another one like it there already."""
         node = self.nodes.pop(name)
-        self.add(name)
+        self.add(name, self.cpus[name])
         deadline = int((time.time() + seconds) * 1000)
         reason = cast(Any, autoscaler_pb2).DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
         accepted, why = node.get_gcs_client().drain_node(node.node_id, reason, "a test", deadline)
@@ -208,7 +214,7 @@ def compare(whole: TrainingPlan, disturbed: TrainingPlan, seeds: Path) -> dict[s
         pairs = [(result.first, result.last) for result in results if result is not None]
         counts["mismatched"] += (files[0] != files[1]) + (pairs[0] != pairs[1])
         counts["mismatched"] += curve(whole, stage) != curve(disturbed, stage)
-        world = whole.config.workers.count
+        (world,) = whole.config.workers.sizes
         for rank in range(world):
             shape = {"global_batch": config.global_batch, "world": world, "rank": rank}
             expected = [position for step in range(config.steps) for position in step_positions(step, **shape).tolist()]

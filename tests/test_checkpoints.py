@@ -287,10 +287,13 @@ def test_the_key_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
 def test_only_the_same_training_resumes() -> None:
     from insightedit.platform.worker import check_resumable
 
-    check_resumable(info(3), info(3), "run")
+    two = range(2, 3)
+    check_resumable(info(3), info(3), "run", two)
     other = CheckpointInfo(stage=2, step=3, position=24, world_size=4, fingerprint="f", trained="t")
     with pytest.raises(UsageError, match=r"with 4 workers and cannot go on with 2; set workers\.count to 4"):
-        check_resumable(other, info(3), "run")
-    other = CheckpointInfo(stage=2, step=3, position=24, world_size=2, fingerprint="g", trained="t")
-    with pytest.raises(UsageError, match="another config"):
-        check_resumable(other, info(3), "run")
+        check_resumable(other, info(3), "run", two)
+    check_resumable(other, info(3), "run", range(2, 5))
+    for world in (2, 4):
+        other = CheckpointInfo(stage=2, step=3, position=24, world_size=world, fingerprint="g", trained="t")
+        with pytest.raises(UsageError, match="another config"):
+            check_resumable(other, info(3), "run", range(2, 5))

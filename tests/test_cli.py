@@ -311,6 +311,10 @@ def test_train_says_what_it_would_do(insightedit: Any, own_work_folder: Path, tm
     planned = insightedit("train", "nano", "--dry-run", "--set", "stages.2.steps=77", "--stage", "2")
     assert planned.code == 0
     assert yaml.safe_load(planned.out)["stages"][2]["steps"] == 77
+    refused = insightedit("train", "nano", "--dry-run", "--json", "--stage", "3", "--set", "workers.memory_gib=0.05")
+    keys = ["stages", "trainable", "memory", "flops", "resources", "config"]
+    assert (refused.code, list(json.loads(refused.out))) == (2, keys)
+    assert "workers.memory_gib" in refused.err
     assert insightedit("data", "prepare", "nano", "--dry-run", "--json", *sources).json["datasets"]
     assert not own_work_folder.exists()
 

@@ -82,7 +82,15 @@ def test_overrides_change_single_values() -> None:
         ("stages.1.losses={L_LLM: 1}", ("stages.1.losses", "L_IB")),
         ("stages.1.losses.L_diff1=1", ("stages.1.losses", "L_TB")),
         ("stages.3.datasets={other: 1}", ("stages.3.datasets", "'other'")),
-        ("stages.1.global_batch=31", ("stages.1.global_batch", "31", "workers.count 2")),
+        ("stages.1.global_batch=31", ("stages.1.global_batch", "31", "workers.count 2", "; 1, 31 do.")),
+        (
+            "workers.count=[2, 5]",
+            ("stages.1.global_batch is 16", "[2, 5]", "with 3 or 5 workers", "; 1, 2, 4, 8, 16 do."),
+        ),
+        ("workers.count=[4, 2]", ("workers.count is [4, 2]", "range [least, most]")),
+        ("workers.count=[1, 2, 4]", ("workers.count is [1, 2, 4]", "a number from 1 on")),
+        ("workers.count=0", ("workers.count is 0", "a number from 1 on")),
+        ("workers.count=true", ("workers.count is True", "a number from 1 on")),
         ("stages.2.zero=1", ("stages.2.zero", "2 or 3")),
         ("stages.2={zero: 3, validate_every: 5}", ("stages.2",)),
         ("checkpoints={keep_best: 1}", ("checkpoints", "keep_best", "best_by")),
@@ -135,6 +143,12 @@ def test_sources_are_folders_or_hub_ids(tmp_path: Path) -> None:
     assert (sources.diffusion, sources.image_encoder) == (str(folder), "owner/clip")
     with pytest.raises(NotFoundError, match=r"model\.sources\.mllm is \./gone"):
         load_preset("nano", [*overrides, "model.sources.mllm=./gone"]).model_sources()
+
+
+def test_the_number_of_workers_may_be_a_range() -> None:
+    overrides = [f"stages.{number}.global_batch=24" for number in STAGES]
+    assert load_preset("nano", [*overrides, "workers.count=[1, 4]"]).workers.sizes == range(1, 5)
+    assert load_preset("nano", [*overrides, "workers.count=3"]).workers.sizes == range(3, 4)
 
 
 def test_a_config_is_frozen() -> None:

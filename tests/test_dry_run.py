@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -14,19 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from insightedit.jobs.dry_run import check_fits, dry_run
 from insightedit.model.attention import use_plain_attention
+from insightedit.model.configuration import DiffusionConfig
 from insightedit.model.insightedit import InsightEditModel, build_pipeline
 from insightedit.model.losses import LossTerm, squared_error
 from insightedit.model.memory import checkpoint_activations, halve_frozen
 from insightedit.model.outline import build_outline, outline_batch
-from insightedit.platform.config import PRESETS, RunConfig, StageConfig, load_preset
+from insightedit.model.stages import STAGES
+from insightedit.platform.config import PRESETS, StageConfig, load_preset
 from insightedit.platform.engine import StageLosses
+from insightedit.platform.errors import NotFoundError, UsageError
 from insightedit.platform.memory_model import BUCKET, FLOAT, Setup, Weights, plan_memory
 from insightedit.platform.tracing import Arrival, StepTrace, trace_step
 from insightedit.platform.trainer import loss_names
-
-GIB = 2**30
-
 
 # -- the trace ------------------------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ def test_zero3_spreads_the_weights_too() -> None:
     assert everywhere.host >= memory.weights + memory.optimizer
 
 
-# -- the command ----------------------------------------------------------------------------------------------------
+# -- a whole dry run --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -196,48 +196,44 @@ def without_weights(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_dry_run_needs_no_weights_and_says_everything(
-    insightedit: Any, without_weights: Path, own_work_folder: Path
-) -> None:
-    ran = insightedit("train", without_weights, "--dry-run", "--json", "--utilisation", "0.5")
-    planned = ran.json
-    assert list(planned) == ["stages", "trainable", "memory", "flops", "resources", "config"]
-    model = load_preset("nano").model_sources()
-    outline = build_outline(model)
-    outline.begin_stage(2)
-    trained = sum(one.numel() for one in outline.parameters() if one.requires_grad)
-    assert planned["stages"]["2"]["trained"] == trained
-    assert {name for name, part in planned["trainable"]["3"].items() if part["trains"]} == {
-        "mapper",
-        "adapter",
-        "image_branch",
-    }
-    assert planned["memory"]["1"]["fits"] is None
-    flops = planned["flops"]["1"]
-    assert flops["samples_per_second"] == pytest.approx(2 * 0.1e12 * 0.5 / flops["sample"])
-    assert flops["hours"] == pytest.approx(32_000 / flops["samples_per_second"] / 3600)
-    assert planned["resources"]["workers"] == {"count": 2, "cpus": 1, "gpus": 0}
-    assert RunConfig.model_validate(planned["config"]).name == "nano"
-    assert not own_work_folder.exists()
+def test_a_dry_run_needs_no_weights(without_weights: Path) -> None:
+    config = load_preset(without_weights)
+    planned = dry_run(config, [1, 3], utilisation=0.5)
+    model = InsightEditModel(build_pipeline(load_preset("nano").model_sources()), config.model.lora, DiffusionConfig())
+    model.begin_stage(1)
+    trained = [one.numel() for one in model.parameters() if one.requires_grad]
+    assert planned.stages[1].trained == sum(trained)
+    assert {name for name, part in planned.trainable[3].items() if part.trains} == STAGES[3].trains
+    assert (planned.memory[1].limit, planned.memory[1].fits) == (None, None)
+    flops = planned.flops[1]
+    assert flops.samples_per_second == pytest.approx(2 * 0.1e12 * 0.5 / flops.sample)
+    assert flops.hours == pytest.approx(32_000 / (flops.samples_per_second or 0) / 3600)
+    assert planned.resources["workers"] == {"count": 2, "cpus": 1, "gpus": 0}
 
 
-def test_what_does_not_fit_is_refused_with_what_would(insightedit: Any) -> None:
-    arguments = ["train", "nano", "--dry-run", "--json", "--stage", "2"]
-    whole = insightedit(*arguments).json["memory"]["2"]["total"]
-    limit = f"--set=workers.memory_gib={whole * 0.8}"
-    refused = insightedit(*arguments, limit)
-    assert refused.code == 2
-    assert json.loads(refused.out)["memory"]["2"]["fits"] is False
-    settings = re.findall(r"stages\.2\.\w+=\w+", refused.err)
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    whole = dry_run(load_preset("nano"), [2]).memory[2].total
+    limit = f"workers.memory_gib={whole * 0.8}"
+    with pytest.raises(UsageError) as refused:
+        check_fits(dry_run(load_preset("nano", [limit]), [2]))
+    settings = re.findall(r"stages\.2\.\w+=\w+", str(refused.value))
     assert settings
-    fitting = insightedit(*arguments, limit, *(f"--set={setting}" for setting in settings))
-    assert fitting.json["memory"]["2"]["fits"] is True
-    hopeless = insightedit(*arguments, "--set=workers.memory_gib=0.01")
-    assert hopeless.code == 2
-    assert "larger workers or a smaller model" in hopeless.err
+    check_fits(dry_run(load_preset("nano", [limit, *settings]), [2]))
 
 
-def test_config_files_that_are_missing_are_named(insightedit: Any, without_weights: Path) -> None:
+def test_where_nothing_would_fit_the_least_is_named() -> None:
+    tiny = ["workers.memory_gib=0.01", "stages.3.micro_batch=2", "stages.3.zero=3", "stages.3.validate_every=0"]
+    with pytest.raises(UsageError, match=r"least .* is 0\.\d+ GiB, so choose larger workers or a smaller model"):
+        check_fits(dry_run(load_preset("nano", tiny), [3]))
+
+
+def test_recomputing_is_no_work_of_the_model() -> None:
+    plain = dry_run(load_preset("nano"), [3]).flops[3]
+    again = dry_run(load_preset("nano", ["stages.3.gradient_checkpointing=true"]), [3]).flops[3]
+    assert plain.sample == plain.computed == again.sample < again.computed
+
+
+def test_config_files_that_are_missing_are_named(without_weights: Path) -> None:
     (without_weights.parent / "sources" / "mllm" / "config.json").unlink()
-    ran = insightedit("train", without_weights, "--dry-run")
-    ran.assert_one_sentence(4, "model.sources.mllm", "config files")
+    with pytest.raises(NotFoundError, match=r"model\.sources\.mllm .* config files cannot be read"):
+        dry_run(load_preset(without_weights), [1])

@@ -52,7 +52,7 @@ def check_the_same(whole: TrainingPlan, disturbed: TrainingPlan, stage: int, see
     assert weights[0] == weights[1]
     assert curve(whole, stage) == curve(disturbed, stage)
     config = whole.config.stages[stage]
-    world = whole.config.workers.count
+    (world,) = whole.config.workers.sizes
     for rank in range(world):
         shape = {"global_batch": config.global_batch, "world": world, "rank": rank}
         expected = [position for step in range(config.steps) for position in step_positions(step, **shape).tolist()]

@@ -106,6 +106,13 @@ def test_the_entrypoint_trains_the_resolved_config_under_the_runs_name(tmp_path:
     assert volume["configMap"]["name"] == config_map["metadata"]["name"]
 
 
+def test_workers_that_may_be_fewer_have_pods_that_may_be_fewer() -> None:
+    batches = [f"stages.{number}.global_batch=24" for number in (1, 2, 3)]
+    _, job = run_job(*batches, "workers.count=[2, 4]", "kube.train.workers=2")
+    train = groups_of(job["spec"]["rayClusterSpec"])["train"]
+    assert (train["minReplicas"], train["maxReplicas"]) == (1, 2)
+
+
 def test_what_is_written_is_read_back_the_same() -> None:
     manifests = training_manifests(load_preset("nano", EVERYTHING), "mine")
     assert list(yaml.safe_load_all(to_yaml(manifests))) == manifests

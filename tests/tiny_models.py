@@ -35,6 +35,7 @@ from insightedit.model.configuration import (
 
 RESOLUTION = 16
 TEXT_LENGTH = 12
+WORDS = "remove the red circle USER: ASSISTANT:"
 CHAT_TEMPLATE = (
     "{% for message in messages %}USER: {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
@@ -73,14 +74,14 @@ def tiny_config(sources: SourcesConfig) -> ModelConfig:
     )
 
 
-def _tokenizer(length: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(length: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<image>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["remove the red circle USER: ASSISTANT:"], trainer)
+    tokenizer.train_from_iterator([WORDS], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
@@ -114,14 +115,14 @@ def _save_diffusion(folder: Path, prediction_type: str) -> None:
         beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_snr,
     )  # fmt: skip
     members: dict[str, Any] = {
-        "vae": vae, "unet": unet, "text_encoder": CLIPTextModel(text), "tokenizer": _tokenizer(TEXT_LENGTH),
+        "vae": vae, "unet": unet, "text_encoder": CLIPTextModel(text), "tokenizer": make_tokenizer(TEXT_LENGTH),
         "scheduler": scheduler, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
     }  # fmt: skip
     StableDiffusionPipeline(**members).save_pretrained(folder)
 
 
 def _save_mllm(folder: Path, vision: CLIPVisionConfig) -> None:
-    tokenizer = _tokenizer(512)
+    tokenizer = make_tokenizer(512)
     language = LlamaConfig(
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,

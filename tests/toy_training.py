@@ -139,7 +139,8 @@ class ToyTask:
     def _note(folder: str, stage: int, seeds: list[int]) -> None:
         Path(folder).mkdir(exist_ok=True)
         # Names of processes in the order of their starts: what one of them began, the next one goes on with.
-        name = f"{stage}-{int(psutil.Process().create_time() * 1000)}-{dist.get_rank()}-{os.getpid()}"
+        started = int(psutil.Process().create_time() * 1000)
+        name = f"{stage}-{started}-{dist.get_rank()}-{os.getpid()}-{os.environ['MASTER_PORT']}"
         with (Path(folder) / name).open("a") as stream:
             stream.write(json.dumps(seeds) + "\n")
 
@@ -161,10 +162,22 @@ def _is_time(fault: tuple[int, int, str] | None, stage: int) -> bool:
 
 def processes(folder: Path, stream: StageStream, rank: int) -> list[list[int]]:
     """The positions that each process of a rank trained on, in the order of their starts (see `ToyTask.record`)."""
+    return [_positions(file, stream) for file in sorted(folder.glob(f"{stream.stage}-*-{rank}-*"))]
+
+
+def _positions(file: Path, stream: StageStream) -> list[int]:
+    """The positions whose samples' seeds a process noted."""
     positions = np.arange(stream.steps * stream.global_batch)
     place = {seed: number for number, seed in enumerate(stream.mixture()[0].rows(positions).seed.tolist())}
-    files = sorted(folder.glob(f"{stream.stage}-*-{rank}-*"))
-    return [[place[seed] for line in file.read_text().splitlines() for seed in json.loads(line)] for file in files]
+    return [place[seed] for line in file.read_text().splitlines() for seed in json.loads(line)]
+
+
+def groups(folder: Path, stream: StageStream) -> list[list[list[int]]]:
+    """The positions that each rank of each group of workers trained on, in the order of the groups' starts."""
+    known: dict[str, list[list[int]]] = {}
+    for file in sorted(folder.glob(f"{stream.stage}-*")):
+        known.setdefault(file.name.rpartition("-")[2], []).append(_positions(file, stream))
+    return list(known.values())
 
 
 def consumed(folder: Path, stream: StageStream, rank: int) -> list[int]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__
+from insightedit import __version__, cli_cluster
 from insightedit.console import (
     Group,
     Session,
@@ -334,12 +334,12 @@ def _registered(result: TrainingResult, config: RunConfig) -> str | None:
 
 def _show_plan(config: RunConfig, stages: Sequence[int]) -> Iterable[str]:
     """A config as YAML, after comments on what would be done with it."""
-    from insightedit.plans import show_config
+    from insightedit.platform.config import dump_config
 
     workers = config.workers
-    yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {workers.count} workers of"
+    yield f"# would train stages {', '.join(map(str, stages or config.stages))} with {workers.shown} workers of"
     yield f"# {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each"
-    yield from show_config(config)
+    yield dump_config(config).rstrip()
 
 
 def _show_training(result: TrainingResult, version: str | None) -> Iterable[str]:
@@ -351,6 +351,12 @@ def _show_training(result: TrainingResult, version: str | None) -> Iterable[str]
     yield f"run {result.name}, pipeline {result.folder}"
     if version is not None:
         yield f"version {version}: `insightedit evaluate {version}`, then `insightedit promote {version}`"
+
+
+# -- on a cluster ---------------------------------------------------------------------------------------------------
+
+for command in cli_cluster.COMMANDS:
+    cli.add_command(command)
 
 
 # -- model versions -------------------------------------------------------------------------------------------------

@@ -92,6 +92,11 @@ def open_workdir() -> Workdir:
     return Workdir.open(click.get_current_context().ensure_object(Session).folder)
 
 
+def work_folder() -> str:
+    """Where the work folder of this call is; it need not be seen from this machine."""
+    return str(Workdir.place(click.get_current_context().ensure_object(Session).folder))
+
+
 def emit(value: object, as_json: bool, show: Callable[[], Iterable[str]]) -> None:
     """Print a result: as JSON, or the lines that `show` makes of it for people."""
     results = click.get_current_context().ensure_object(Session).results

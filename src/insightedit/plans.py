@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import yaml
-
 from insightedit.console import columns
 from insightedit.jobs.dry_run import DryRun
-from insightedit.platform.config import RunConfig
+from insightedit.platform.config import dump_config
 
 _MEMORY = ("weights", "gradients", "optimizer", "activations", "batch", "buffers", "host", "total")
 
@@ -20,14 +18,7 @@ def show_dry_run(planned: DryRun) -> Iterable[str]:
     yield from _table(f"Work; samples a second at {utilisation:.0%} of workers.peak_tflops", _work_rows(planned))
     yield from _table("GiB of a worker's memory at the fullest moment of a step", _memory_rows(planned))
     yield from _table("What Ray is asked for", _resource_rows(planned.resources))
-    yield from show_config(planned.config)
-
-
-def show_config(config: RunConfig) -> Iterable[str]:
-    """A config as YAML that can be trained from."""
-    content = config.model_dump(mode="json")
-    content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
-    yield yaml.safe_dump(content, sort_keys=False).rstrip()
+    yield dump_config(planned.config).rstrip()
 
 
 def _part_rows(planned: DryRun) -> Iterable[tuple[str, ...]]:

@@ -161,7 +161,7 @@ def _train(config: RunConfig, workdir: Workdir, display: Display) -> TrainingRes
         losses = ", ".join(f"{name} {value:.4f}" for name, value in at.losses.items())
         display.at(f"Stage {at.stage}", at.step, at.steps, f"step {at.step} of {at.steps}, {losses}")
 
-    display.at("Workers", note=f"{config.workers.count} of them")
+    display.at("Workers", note=f"{config.workers.sizes[-1]} of them")
     return train(config, workdir, watchers=Watchers(train=on_train))
 
 

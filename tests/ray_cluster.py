@@ -1,0 +1,119 @@
+"""A Ray cluster of several nodes on this machine, each a process of its own, with a token."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+START_SECONDS = 240.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@dataclass
+class RayCluster:
+    """A head without work, and nodes of groups."""
+
+    groups: dict[str, int]
+    """CPUs of the node of each group; the group is its label."""
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
+    port: int = field(default_factory=free_port)
+    dashboard_port: int = field(default_factory=free_port)
+    # Sockets lie in it, whose paths must be short.
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="ie-")))
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list[subprocess.Popen[bytes]])
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process of this cluster, or a client of it, needs; not where this package's source is."""
+        unset = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH"}
+        own = {name: value for name, value in os.environ.items() if name not in unset}
+        # The nodes install the wheel with the pip beside this Python.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"
+        return own | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+
+    def start(self) -> None:
+        head = f"--head --port={self.port} --dashboard-port={self.dashboard_port} --num-cpus=0"
+        self._start_node(f"{head} --ray-client-server-port={free_port()}")
+        self._until(lambda: self._alive() == 1)
+        for group, cpus in self.groups.items():
+            self._start_node(f"--address=127.0.0.1:{self.port} --num-cpus={cpus} --labels=group={group}")
+        self._until(lambda: self._alive() == 1 + len(self.groups))
+
+    def kill_head(self) -> None:
+        """As when its machine loses its power."""
+        _kill(self.nodes[0])
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            _kill(node)
+        self.nodes.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def get(self, path: str) -> Any:
+        headers = {"Authorization": f"Bearer {self.token}"}
+        return httpx.get(f"{self.address}{path}", headers=headers, timeout=10).raise_for_status().json()
+
+    def _start_node(self, arguments: str) -> None:
+        # A folder each, as machines have.
+        folder = self.folder / f"n{len(self.nodes)}"
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
+        command += [f"--temp-dir={folder}", *arguments.split()]
+        with (self.folder / f"{folder.name}.log").open("wb") as log:
+            self.nodes.append(
+                subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            )
+
+    def _alive(self) -> int:
+        with contextlib.suppress(httpx.HTTPError):
+            nodes = self.get("/api/v0/nodes")["data"]["result"]["result"]
+            return sum(node["state"] == "ALIVE" for node in nodes)
+        return 0
+
+    def _until(self, condition: Any) -> None:
+        began = time.monotonic()
+        while not condition():
+            logs = "\n".join(path.read_text()[-2000:] for path in self.folder.glob("n*.log"))
+            assert time.monotonic() - began < START_SECONDS, logs
+            time.sleep(0.2)
+
+
+def _kill(node: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    node.wait()
+
+
+@contextmanager
+def ray_cluster(**groups: int) -> Generator[RayCluster]:
+    cluster = RayCluster(groups)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
