@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-chaos lint format bench kube-examples clean
+.PHONY: help install quickstart test test-slow test-chaos test-full-size lint format bench kube-examples clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1	/' | expand -t 22
@@ -32,6 +32,9 @@ test-slow: $(INSTALLED)  ## The tests that take minutes each
 
 test-chaos: $(INSTALLED)  ## Storms: whatever is killed, nothing is lost; counts in out/chaos.json
 	$(BIN)/python -m pytest -m chaos -s $(ARGS)
+
+test-full-size: $(INSTALLED)  ## The paper's model on a CPU, from random weights to an edit; 24 GB of memory, 35 of disk
+	$(BIN)/python -m pytest -m full_size -s $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -60,6 +63,7 @@ bench-data: $(INSTALLED) $(PEERS)  ## Our stream beside torch's DataLoader, Hugg
 
 KUBE := deploy/kuberay
 kube-examples: $(INSTALLED)  ## deploy/kuberay/ anew from run.yaml, after a change of what the commands write
+	$(BIN)/insightedit submit $(KUBE)/run.yaml --kube --name nano --out $(KUBE)/train.yaml
 	$(BIN)/insightedit serve up --kube --config $(KUBE)/run.yaml --model 1 --out $(KUBE)/serve.yaml
 
 clean:  ## Remove what building and running made; .venv and insightedit-work stay

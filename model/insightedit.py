@@ -15,7 +15,7 @@ from insightedit.model.configuration import DiffusionConfig, LoraConfig, ModelCo
 from insightedit.model.encoders import encode_text
 from insightedit.model.losses import LossTerm, mm_token_loss, squared_error
 from insightedit.model.mllm import MultimodalTokens, add_lora, hidden_states, token_logits, without_lora
-from insightedit.model.pipeline import InsightEditPipeline
+from insightedit.model.pipeline import SHARD_SIZE, InsightEditPipeline
 from insightedit.model.stages import STAGES, part_of
 from insightedit.model.unet import AttentionContext, InsightEditUNet
 from insightedit.model.weights import (
@@ -229,7 +229,8 @@ class InsightEditModel(nn.Module):
 
     def save_pipeline(self, folder: str | Path, *, image_branch: bool) -> None:
         """Write the present weights as a pipeline folder of safetensors."""
-        self.pipeline(image_branch=image_branch).save_pretrained(str(folder), safe_serialization=True)
+        pipeline = self.pipeline(image_branch=image_branch)
+        pipeline.save_pretrained(str(folder), safe_serialization=True, max_shard_size=SHARD_SIZE)
 
 
 _OWN_INPUTS = frozenset(

@@ -138,6 +138,11 @@ class StageConfig(_Settings):
     """Whether the backward pass computes the blocks' activations again instead of keeping them."""
     frozen: Literal["fp32", "bf16"] = "fp32"
     """What the frozen matrices and convolutions are kept in; frozen vectors, such as norms and biases, are float32."""
+    compile: bool = False
+    """Whether torch.compile makes the blocks faster; needs a C++ compiler on every worker."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """What an exponential moving average of the weights keeps of itself in a step; with it the averages are what the
+    stage leaves."""
     checkpoint_every: Count = 500
     """Steps between checkpoints."""
     validate_every: Annotated[int, Field(ge=0)] = 0
@@ -336,6 +341,10 @@ class RunConfig(_Settings):
                 raise ValueError(f"{where}.validate_every must be 0 with zero: 3, where no worker has the whole model")
             if stage.offload == "all" and stage.zero != 3:
                 raise ValueError(f"{where}.offload is all, which needs {where}.zero: 3; or set it to optimizer")
+            if stage.compile and stage.zero == 3:
+                raise ValueError(
+                    f"{where}.compile needs {where}.zero: 2; with 3 the weights come and go around every layer"
+                )
             if stage.frozen == "bf16" and stage.precision != "bf16":
                 raise ValueError(
                     f"{where}.frozen is bf16, which needs {where}.precision: bf16, where autocast joins both types"

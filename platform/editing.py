@@ -18,7 +18,7 @@ from insightedit.model.weights import load_mllm_processor
 from insightedit.platform.config import DatasetConfig
 from insightedit.platform.datasets import reader_named, records_of
 from insightedit.platform.encoding import RecordEncoder
-from insightedit.platform.errors import InsightEditError
+from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.pictures import decode_squares, to_tensor
 from insightedit.platform.records import Record, decode_image
 from insightedit.platform.shards import Table, features_of
@@ -44,9 +44,13 @@ class EditingTask:
         """The untrained model.
 
         Raises:
+            UsageError: a source of the model cannot be loaded.
             InsightEditError: the shards were encoded by other encoders than the model's.
         """
-        pipeline = build_pipeline(self.model)
+        try:
+            pipeline = build_pipeline(self.model)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         if self.encoders and pipeline.encoders.fingerprint() != self.encoders:
             raise InsightEditError(
                 "The shards come from other encoders than the model's; make them again: `insightedit data prepare`"

@@ -13,6 +13,7 @@ from torch import Tensor
 from insightedit.model.configuration import SourcesConfig
 from insightedit.model.encoders import FrozenEncoders, squared
 from insightedit.model.weights import load_diffusion, load_image_encoder, load_image_processor
+from insightedit.platform.errors import UsageError
 from insightedit.platform.pictures import decode_squares, to_tensor
 from insightedit.platform.shards import Table, add_features
 
@@ -21,11 +22,17 @@ _TEXTS = 256
 
 
 def load_encoders(sources: SourcesConfig) -> FrozenEncoders:
-    """The frozen encoders of a model's sources, in float32."""
-    diffusion = load_diffusion(sources, parts=("vae", "text_encoder", "tokenizer"))
-    return FrozenEncoders(
-        **diffusion, image_encoder=load_image_encoder(sources), image_processor=load_image_processor(sources)
-    )
+    """The frozen encoders of a model's sources, in float32.
+
+    Raises:
+        UsageError: a source cannot be loaded.
+    """
+    try:
+        diffusion = load_diffusion(sources, parts=("vae", "text_encoder", "tokenizer"))
+        image_encoder, image_processor = load_image_encoder(sources), load_image_processor(sources)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return FrozenEncoders(**diffusion, image_encoder=image_encoder, image_processor=image_processor)
 
 
 class RecordEncoder:

@@ -9,6 +9,7 @@ import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import deepspeed
@@ -19,11 +20,12 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
+from insightedit.model.compilation import compile_blocks, missing_compiler
 from insightedit.model.losses import LossTerm
 from insightedit.model.memory import checkpoint_activations, halve_frozen
 from insightedit.model.stages import Part
 from insightedit.platform.config import StageConfig
-from insightedit.platform.errors import InsightEditError
+from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.universal import STATE, load_universal
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -46,7 +48,7 @@ class StageLosses(nn.Module):
         """
         super().__init__()
         self.model = model
-        self._stage = stage
+        self.stage = stage
         self._names = tuple(names)
         self._scale = scale
         self._bf16 = config.precision == "bf16"
@@ -66,7 +68,7 @@ class StageLosses(nn.Module):
             The loss to differentiate, and sums (2, T) of w_i l_i and of w_i over the micro-batch.
         """
         with torch.autocast(totals.device.type, torch.bfloat16, enabled=self._bf16):
-            terms = cast(Mapping[str, LossTerm], self.model(batch, self._stage))
+            terms = cast(Mapping[str, LossTerm], self.model(batch, self.stage))
         sums = torch.stack([(terms[name].values.float() * terms[name].weights).sum() for name in self._names])
         counts = torch.stack([terms[name].weights.float().sum() for name in self._names])
         # A loss that no sample of the global batch has is 0, not 0 / 0.
@@ -93,12 +95,11 @@ def start_engine(
         micro_batch: samples that a rank takes at once.
         accumulation: micro-batches of an optimiser step.
         device: where the model goes.
+
+    Raises:
+        UsageError: the model is to be compiled, and there is no compiler.
     """
-    if config.gradient_checkpointing:
-        checkpoint_activations(losses)
-    if config.frozen == "bf16":
-        # Before it moves: a large model fits a GPU only so.
-        halve_frozen(losses)
+    _make_lean(losses, config)
     losses.to(device)
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -115,6 +116,21 @@ def start_engine(
     )
     initialize = cast(Any, deepspeed).initialize
     return initialize(model=losses, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+
+
+def _make_lean(losses: StageLosses, config: StageConfig) -> None:
+    """Prepare the model while it is on the CPU: only what is halved already fits a GPU."""
+    if config.gradient_checkpointing:
+        checkpoint_activations(losses)
+    if config.frozen == "bf16":
+        halve_frozen(losses)
+    if config.compile:
+        if missing := missing_compiler():
+            raise UsageError(
+                f"stages.{losses.stage}.compile needs a C++ compiler on every worker, and there is no {missing} on this"
+                " one; install it or set that to false."
+            )
+        compile_blocks(losses)
 
 
 def _zero_settings(config: StageConfig, device: torch.device) -> dict[str, Any]:
@@ -253,8 +269,13 @@ def _copy_tensors(item: object, memo: dict[int, Any]) -> None:
             _copy_tensors(value, memo)
 
 
-def snapshot_state(engine: Any, rank: int) -> Callable[[Path], None]:
+def snapshot_state(engine: Any, rank: int, more: Mapping[str, Any] = MappingProxyType({})) -> Callable[[Path], None]:
     """Copy this rank's part of weights, optimiser and random states into memory. Every rank must call this.
+
+    Args:
+        engine: whose state it is.
+        rank: of this process.
+        more: copies of what else there is to keep, by the names of their files.
 
     Returns:
         Writes the copy into an empty folder, at any time and from any thread.
@@ -269,6 +290,7 @@ def snapshot_state(engine: Any, rank: int) -> Callable[[Path], None]:
         engine.checkpoint_engine = own
     states = {str(Path(path).relative_to(scratch)): state for path, state in snapshot.states.items()}
     states[_random_name(rank)] = _random_state(engine.device)
+    states |= more
 
     def write(folder: Path) -> None:
         for name, state in states.items():

@@ -20,6 +20,7 @@ import yaml
 from insightedit.platform.config import KubeConfig, PlacementConfig, RunConfig, dump_config
 from insightedit.platform.errors import UsageError
 from insightedit.platform.ingest import TASK_CPUS
+from insightedit.platform.submission import check_paths
 from insightedit.platform.workdir import ENVIRONMENT_VARIABLE
 
 Manifest = dict[str, Any]
@@ -57,20 +58,19 @@ class PodGroup:
     """With it, Ray is told when a pod is about to be deleted, so long before its end."""
 
 
-def training_manifests(config: RunConfig, name: str, stages: Sequence[int] = ()) -> list[Manifest]:
+def training_manifests(config: RunConfig, name: str) -> list[Manifest]:
     """What `kubectl apply` makes a run of.
 
     Args:
         config: of the run; its sources must exist in the image, in the work folder or on the hub.
         name: of the run, of the RayJob and of the ConfigMap beside it.
-        stages: as `train --stage`.
 
     Raises:
-        UsageError: Kubernetes cannot take the name, or the pods do not come out even.
+        UsageError: Kubernetes cannot take the name, the config names a path that is not absolute, or the pods do not
+            come out even.
     """
     command = ["insightedit", "train", f"{CONFIG_FOLDER}/run.yaml", "--name", check_name(name)]
-    for stage in stages:
-        command += ["--stage", str(stage)]
+    check_paths(config)
     kube = config.kube
     spec: Manifest = {
         "entrypoint": shlex.join(command),
@@ -88,17 +88,24 @@ def training_manifests(config: RunConfig, name: str, stages: Sequence[int] = ())
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": metadata(kube, name),
-            "data": {"run.yaml": dump_config(config)},
+            "data": {"run.yaml": dump_config(placed(config))},
         },
         {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata(kube, name, queued=True), "spec": spec},
     ]
+
+
+def placed(config: RunConfig) -> RunConfig:
+    """The config with its data tasks and its workers on the pods that are for them, unless it says where they go."""
+    data = config.data.model_copy(update={"place": config.data.place or {"group": "data"}})
+    workers = config.workers.model_copy(update={"place": config.workers.place or {"group": "train"}})
+    return config.model_copy(update={"data": data, "workers": workers})
 
 
 def training_groups(config: RunConfig) -> list[PodGroup]:
     """The worker pods that a run needs.
 
     Raises:
-        UsageError: a pod would have a part of a GPU, or the last one fewer workers than the others.
+        UsageError: the last pod that trains would have fewer workers than the others.
     """
     return [_data_group(config), *_encoder_group(config), _train_group(config)]
 
@@ -120,24 +127,25 @@ def _encoder_group(config: RunConfig) -> Iterator[PodGroup]:
     data = config.data
     if not data.encoder_gpus:
         return
-    gpus = math.ceil(data.encoder_gpus)
     together = max(int(1 / data.encoder_gpus), 1)
     count = math.ceil(data.encoder_workers / together)
+    gpus = _whole_gpus(together, data.encoder_gpus)
     cpus = math.ceil(together * max(TASK_CPUS, config.workers.data_cpus))
     yield PodGroup(
         name="encode", place="data", cpus=cpus, gpus=gpus, least=count, most=count, placement=config.kube.encode
     )
 
 
+def _whole_gpus(processes: int, gpus: float) -> int:
+    """GPUs of a pod in which some processes take so many, or such a part of one, each; none takes parts of two."""
+    if gpus == 0 or gpus >= 1:
+        return processes * math.ceil(gpus)
+    return math.ceil(processes / int(1 / gpus))
+
+
 def _train_group(config: RunConfig) -> PodGroup:
     """Pods for the workers that train."""
     workers, pods = config.workers, config.kube.train
-    gpus = pods.workers * workers.gpus
-    if gpus != int(gpus):
-        raise UsageError(
-            f"kube.train.workers is {pods.workers}, and with workers.gpus {workers.gpus:g} a pod would have {gpus:g}"
-            " GPUs; choose numbers that make it a whole one."
-        )
     least, most = workers.sizes[0], workers.sizes[-1]
     if least % pods.workers or most % pods.workers:
         raise UsageError(
@@ -148,7 +156,7 @@ def _train_group(config: RunConfig) -> PodGroup:
         name="train",
         place="train",
         cpus=pods.workers * workers.cpus,
-        gpus=int(gpus),
+        gpus=_whole_gpus(pods.workers, workers.gpus),
         least=least // pods.workers,
         most=most // pods.workers,
         placement=pods,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from insightedit.platform.bad_steps import BadStep, StepGuard
 from insightedit.platform.config import StageConfig
+from insightedit.platform.efficiency import FlopMeter
 from insightedit.platform.engine import learning_rate, set_learning_rates, watch_norm
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.mixtures import step_positions
@@ -95,6 +97,7 @@ class Curve:
     samples: float = 0.0
     seconds: float = 0.0
     waited: float = 0.0
+    stalled: float = 0.0
 
     def add(self, point: Point) -> None:
         """Add a point."""
@@ -103,6 +106,7 @@ class Curve:
         self.seconds += point.seconds
         self.samples += point.figures["samples_per_second"] * point.seconds
         self.waited += point.figures["data_wait_seconds"]
+        self.stalled += point.figures["checkpoint_stall_seconds"]
 
     def figures(self) -> dict[str, float]:
         """Means over the stage."""
@@ -111,6 +115,7 @@ class Curve:
             "seconds": self.seconds,
             "samples_per_second": self.samples / seconds,
             "data_wait_share": self.waited / seconds,
+            "checkpoint_stall_share": self.stalled / (seconds + self.stalled),
         }
 
 
@@ -126,6 +131,7 @@ class StageLoop:
         arrays: Iterator[Mapping[str, NDArray[Any]]],
         count: Callable[[Batch], dict[str, Tensor]],
         notice: Callable[[], bool] = lambda: False,
+        flops: FlopMeter | None = None,
     ) -> None:
         """Prepare a loop.
 
@@ -137,6 +143,7 @@ class StageLoop:
             arrays: this rank's micro-batches, with `position`.
             count: the samples' weights (B,) in each loss.
             notice: whether this rank has heard that it will be interrupted.
+            flops: what counts the model's FLOPs, if anything does.
         """
         self._engine = engine
         self._config = config
@@ -145,6 +152,7 @@ class StageLoop:
         self._arrays = arrays
         self._count = count
         self._notice = notice
+        self._flops = flops
         self.noticed = False
         """Whether any rank had heard so when the last step began; the same on every rank."""
         self._meter = Meter.start(len(self._names), layout.device)
@@ -173,9 +181,7 @@ class StageLoop:
         set_learning_rates(self._engine, self._config, step)
         sums = torch.zeros_like(self._meter.sums)
         for batch in window:
-            loss, part = self._engine(batch, totals)
-            self._engine.backward(loss)
-            sums += part
+            sums += self._pass(batch, totals)
             if batch is window[-1]:
                 # The engine's step asks the guard, which must know by then what the losses are.
                 self._reduce(sums)
@@ -219,6 +225,13 @@ class StageLoop:
                 raise InsightEditError(f"The data stream is not where step {step} is; start the run again.")
             window.append({name: _tensor(array, layout.device) for name, array in arrays.items()})
         return window
+
+    def _pass(self, batch: Batch, totals: Tensor) -> Tensor:
+        """Forward and backward of a micro-batch; (2, T), see `StageLosses.forward`."""
+        with self._flops.first(self._layout.micro_batch) if self._flops else nullcontext():
+            loss, sums = self._engine(batch, totals)
+            self._engine.backward(loss)
+        return sums
 
     def _totals(self, window: Sequence[Batch]) -> Tensor:
         """(T,) the samples' weights summed over the global batch; notices travel with them."""

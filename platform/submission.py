@@ -252,7 +252,8 @@ def check_paths(config: RunConfig) -> None:
         UsageError: a path depends on where this command runs.
     """
     sources = asdict(config.model.sources)
-    paths = {f"model.sources.{part}": source for part, source in sources.items() if source.startswith((".", "~"))}
+    named = {part: source for part, source in sources.items() if source is not None}
+    paths = {f"model.sources.{part}": source for part, source in named.items() if source.startswith((".", "~"))}
     roots = {name: dataset.options.get("root") for name, dataset in config.data.datasets.items()}
     paths |= {f"data.datasets.{name}.options.root": root for name, root in roots.items() if root is not None}
     stores = {"data.store": config.data.store, "checkpoints.store": config.checkpoints.store}

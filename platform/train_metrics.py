@@ -16,6 +16,10 @@ FIGURES: Mapping[str, str] = {
     "samples_per_second": "Samples that all workers together trained on in a second.",
     "data_wait_seconds": "Seconds since the last point in which training waited for data.",
     "data_wait_share": "Share of the time since the last point in which training waited for data.",
+    "checkpoint_stall_seconds": "Seconds since the last point in which training waited for checkpoints.",
+    "checkpoint_stall_share": "Share of the time since the last point in which training waited for checkpoints.",
+    "goodput": "Useful time of the run so far over all time since it began, restarts included.",
+    "model_flops_utilisation": "The model's FLOPs over what the workers could do; with workers.peak_tflops alone.",
 }
 """Every figure that a point of the curves may have, and what it says."""
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -90,6 +91,11 @@ class TrainingPlan:
         return self.folder / "starts.json"
 
     @property
+    def beginning(self) -> Path:
+        """Where it says when the run began, whatever happened since."""
+        return self.folder / "beginning.json"
+
+    @property
     def progress(self) -> Path:
         """Where rank 0 says how far it is."""
         return self.folder / PROGRESS_NAME
@@ -139,7 +145,8 @@ class StageResult:
     last: dict[str, float]
     """The last point."""
     figures: dict[str, float]
-    """Means over the stage: `samples_per_second`, `data_wait_share`; and `seconds` of training."""
+    """Means over the stage: `samples_per_second`, `data_wait_share`, `checkpoint_stall_share`; and `seconds` of its
+    steps, each as it was done last."""
 
     @classmethod
     def read(cls, folder: Path) -> StageResult | None:
@@ -157,6 +164,8 @@ class Progress:
     steps: int
     losses: dict[str, float]
     samples_per_second: float
+    goodput: float
+    """Useful time of the run so far over all time since it began."""
 
 
 def train_stages(plan: TrainingPlan, on_progress: Callable[[Progress], None] | None = None) -> list[StageResult]:
@@ -176,6 +185,8 @@ def train_stages(plan: TrainingPlan, on_progress: Callable[[Progress], None] | N
             check_start(plan, todo[0])
         plan.checkpoint_place(todo[0])
         plan.folder.mkdir(parents=True, exist_ok=True)
+        if not plan.beginning.is_file():
+            write_json(plan.beginning, {"at": time.time()})
         with _watched(plan.progress, on_progress):
             _fit(plan, todo)
     return [_result(plan, number) for number in plan.stages]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +17,12 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 
 from insightedit.model.attention import use_plain_attention
 from insightedit.platform import leases
+from insightedit.platform.averages import Averages, averages_name
 from insightedit.platform.bad_steps import BadStep, bad_step_entry, check_bad_step
 from insightedit.platform.checkpoints import (
     Checkpoint,
@@ -32,6 +34,7 @@ from insightedit.platform.checkpoints import (
     run_key,
 )
 from insightedit.platform.config import StageConfig
+from insightedit.platform.efficiency import Efficiency, FlopMeter
 from insightedit.platform.engine import (
     StageLosses,
     gathered_weights,
@@ -54,6 +57,7 @@ from insightedit.platform.train_metrics import TrainMetrics
 from insightedit.platform.trainer import (
     RESULT_NAME,
     Progress,
+    StageResult,
     TrainingPlan,
     finish_stage,
     load_weights,
@@ -112,10 +116,20 @@ class StageWorker:
         # The stream's processes start up while the model is built.
         self.arrays = _begun(self._arrays())
         self.model = self._build()
+        self.averages: Averages | None = None
         self.engine = self._engine()
+        self.flops = FlopMeter() if plan.config.workers.peak_tflops else None
         self.loop = StageLoop(
-            self.engine, self.config, self.names, self.layout, self.arrays, self._count, self.notices.pending
+            self.engine,
+            self.config,
+            self.names,
+            self.layout,
+            self.arrays,
+            self._count,
+            self.notices.pending,
+            self.flops,
         )
+        self.efficiency = self._efficiency()
         self.curve = Curve()
         self.tracker = StageTracker(plan.tracking, number) if plan.tracking and self._is_first else None
         self.metrics = TrainMetrics(plan.name, number) if self._is_first else None
@@ -131,6 +145,8 @@ class StageWorker:
             for step in range(self.start, self.config.steps):
                 if bad := self.loop.step(step):
                     self._report(bad)
+                elif self.averages:
+                    self.averages.update()
                 self.watchdog.progress()
                 self._after(step + 1)
             self.saver.finish()
@@ -193,7 +209,7 @@ class StageWorker:
         return int(np.random.SeedSequence(key).generate_state(1)[0])
 
     def _engine(self) -> Any:
-        """DeepSpeed's engine, in the state of the checkpoint."""
+        """DeepSpeed's engine, in the state of the checkpoint, as are the averages beside it."""
         layout, checkpoint = self.layout, self.checkpoint
         if checkpoint is not None:
             check_resumable(checkpoint.info, self._info(self.start), self.plan.name, self.plan.config.workers.sizes)
@@ -206,7 +222,11 @@ class StageWorker:
             accumulation=layout.accumulation,
             device=layout.device,
         )
+        if self.config.ema_decay is not None:
+            self.averages = Averages(self.model, self.config.ema_decay, layout)
         if checkpoint is not None:
+            if self.averages:
+                self.averages.load(checkpoint.folder)
             if checkpoint.info.world_size == layout.world:
                 load_state(engine, checkpoint.folder, layout.rank)
                 dist.barrier()
@@ -239,6 +259,16 @@ class StageWorker:
                 # The tracker writes in the background: what it had not written yet when its process died.
                 self._track(entry)
 
+    def _efficiency(self) -> Efficiency:
+        """What the stage's points are told of its use of time and machines."""
+        done = (StageResult.read(self.plan.stage_folder(number)) for number in range(1, self.number))
+        return Efficiency(
+            started=json.loads(self.plan.beginning.read_text(encoding="utf-8"))["at"],
+            before=sum(result.figures["seconds"] for result in done if result),
+            flops=self.flops,
+            peak=(self.plan.config.workers.peak_tflops or 0.0) * 1e12 * self.layout.world,
+        )
+
     def _stage_file(self, name: str) -> Path:
         return self.plan.stage_folder(self.number) / name
 
@@ -267,6 +297,14 @@ class StageWorker:
         """Add a point to the curves."""
         if self.metrics is None:
             return
+        point.figures.update(
+            self.efficiency.figures(
+                samples_per_second=point.figures["samples_per_second"],
+                seconds=point.seconds,
+                stalled=self.efficiency.stalled(self.saver.stalled),
+                useful=self.curve.seconds + point.seconds,
+            )
+        )
         self.metrics.show(point.step, self.config.steps, point.losses, point.figures)
         self.curve.add(point)
         entry = asdict(point)
@@ -278,6 +316,7 @@ class StageWorker:
             steps=self.config.steps,
             losses=point.losses,
             samples_per_second=point.figures["samples_per_second"],
+            goodput=point.figures["goodput"],
         )
         write_json(self.plan.progress, asdict(progress))
         self._track(entry)
@@ -293,10 +332,15 @@ class StageWorker:
         self.saver.save(
             name,
             self._info(step),
-            lambda: snapshot_state(self.engine, self.layout.rank),
+            self._snapshot,
             losses=self.curve.last,
             progress={"loop": self.loop.state(), "curve": asdict(self.curve)},
         )
+
+    def _snapshot(self) -> Callable[[Path], None]:
+        """What a checkpoint holds of this rank, copied."""
+        rank = self.layout.rank
+        return snapshot_state(self.engine, rank, {averages_name(rank): self.averages.state()} if self.averages else {})
 
     def _info(self, step: int) -> CheckpointInfo:
         """What a checkpoint of this stage is of."""
@@ -311,23 +355,31 @@ class StageWorker:
         )
 
     def _validate(self, step: int) -> None:
-        """Make and track pictures of validation edits, leaving the random states as they were."""
-        if not self.tracker or self.config.zero == 3:
+        """Make and track pictures of validation edits, by the averages where there are some."""
+        if self.config.zero == 3:
             return
+        with self.averages.shown() if self.averages else nullcontext():
+            if self.tracker:
+                self.tracker.pictures(step, self._pictures())
+
+    def _pictures(self) -> dict[str, Image.Image]:
+        """Pictures of validation edits, leaving the random states as they were."""
         devices = [self.layout.device] if self.layout.device.type == "cuda" else []
         self.model.eval()
         autocast = torch.autocast(self.layout.device.type, torch.bfloat16, enabled=self.config.frozen == "bf16")
         with torch.random.fork_rng(devices), torch.no_grad(), autocast:
             pictures = self.plan.task.pictures(self.model, self.number)
         self.model.train()
-        self.tracker.pictures(step, pictures)
+        return pictures
 
     # -- the end ----------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         """Leave the weights of this stage and of those before."""
-        weights = gathered_weights(self.model, self.layout.rank)
+        weights = self.averages.gathered() if self.averages else gathered_weights(self.model, self.layout.rank)
         if self._is_first:
+            # The last checkpoint was waited for after the last point.
+            self.curve.stalled += self.efficiency.stalled(self.saver.stalled)
             before = stage_weights(self.plan, self.number - 1) if self.number > 1 else {}
             result = {
                 "stage": self.number,

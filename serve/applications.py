@@ -27,9 +27,10 @@ def version_application_name(version: str) -> str:
 
 def _options(name: str, scaling: Scaling, settings: ServeSettings) -> dict[str, Any]:
     limits = settings.limits
+    place = {"label_selector": scaling.place} if scaling.place else {}
     return {
         "name": name,
-        "ray_actor_options": {"num_cpus": scaling.cpus, "num_gpus": scaling.gpus},
+        "ray_actor_options": {"num_cpus": scaling.cpus, "num_gpus": scaling.gpus, **place},
         "autoscaling_config": {
             "min_replicas": scaling.min_replicas,
             "max_replicas": scaling.max_replicas,

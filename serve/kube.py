@@ -37,7 +37,7 @@ def serving_manifest(
     Raises:
         UsageError: Kubernetes cannot take the name, or a pod cannot hold what it has to.
     """
-    config = serve_config(version, aliases, settings)
+    config = serve_config(version, aliases, placed(settings))
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
@@ -89,6 +89,21 @@ def serve_config(version: str, aliases: tuple[str, ...], settings: ServeSettings
             },
         ],
     }
+
+
+def placed(settings: ServeSettings) -> ServeSettings:
+    """The settings with each deployment on the pods that are for it, unless they say where it goes."""
+
+    def on(scaling: Scaling, group: str) -> Scaling:
+        return scaling.model_copy(update={"place": scaling.place or {"group": group}})
+
+    return settings.model_copy(
+        update={
+            "gateway": on(settings.gateway, "gateway"),
+            "conditioner": on(settings.conditioner, "serve"),
+            "editor": on(settings.editor, "serve"),
+        }
+    )
 
 
 def serving_groups(kube: KubeConfig, settings: ServeSettings) -> list[PodGroup]:

@@ -53,6 +53,8 @@ class Scaling(_Settings):
     cpus: Annotated[float, Field(ge=0)] = 0.25
     """Logical CPUs that Ray counts for a replica. Its torch runs on one thread whatever this is."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
+    place: dict[str, str] = {}
+    """Labels of the nodes that replicas may run on, as in Ray's label selectors: `{group: serve}`."""
 
 
 class ServeSettings(_Settings):

@@ -176,3 +176,35 @@ def test_fingerprints_cover_what_weights_depend_on() -> None:
 
 def test_flattened_names_are_dotted() -> None:
     assert dict(flattened({"a": {"b": 1, "c": {"d": [2]}}, "e": {}})) == {"a.b": 1, "a.c.d": [2], "e": {}}
+
+
+def test_the_papers_preset_is_the_papers() -> None:
+    config = load_preset("sd15-llava7b")
+    model, stages = config.model, config.stages
+    assert (model.num_mm_tokens, model.resolution) == (32, 256)
+    assert (model.lora.rank, model.lora.alpha, model.lora.dropout) == (8, 16, 0.05)
+    assert (model.qformer.num_layers, model.qformer.num_heads, model.qformer.intermediate_size) == (6, 12, 3072)
+    assert (model.bim.num_layers, model.bim.num_heads, model.bim.mlp_size, model.bim.text_weight) == (2, 8, 2048, 0.5)
+    assert (model.diffusion.condition_drop, model.diffusion.high_noise) == (0.05, 1.0)
+    sampling = model.sampling
+    assert (sampling.num_inference_steps, sampling.guidance_scale, sampling.image_guidance_scale) == (100, 7.5, 1.5)
+    rates = {number: (stage.learning_rate, stage.global_batch, stage.steps) for number, stage in stages.items()}
+    assert rates == {1: (2e-4, 128, 150_000), 2: (1e-5, 128, 20_000), 3: (1e-4, 64, 20_000)}
+    assert set(stages[1].datasets) == {"cc12m"}
+    assert stages[2].datasets == stages[3].datasets
+    assert {config.data.datasets[name].reader for name in stages[2].datasets} == {
+        "instructpix2pix", "magicbrush", "coco", "refcoco", "grefcoco", "cocostuff", "reasonseg", "advancededit",
+    }  # fmt: skip
+
+
+def test_every_preset_names_readers_that_there_are() -> None:
+    for name in preset_names():
+        datasets = load_preset(name).data.datasets
+        assert all(dataset.reader in READERS for dataset in datasets.values()), name
+
+
+def test_the_config_of_the_weights_page_is_one(tmp_path: Path) -> None:
+    page = (ROOT / "docs/weights.md").read_text(encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    assert load_preset(path).model.sources.image_encoder == "openai/clip-vit-large-patch14"

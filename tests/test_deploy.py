@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 from test_layout import FOLDERS, constraints
 
 from insightedit.cli import run
-from insightedit.platform.config import load_preset
+from insightedit.platform.config import RunConfig, load_preset
 from insightedit.platform.kube import WORK_FOLDER
 
 ROOT = Path(__file__).parents[1]
@@ -93,8 +93,25 @@ def test_the_serving_example_is_what_the_command_writes(tmp_path: Path) -> None:
     assert out.read_text() == (DEPLOY / "kuberay" / "serve.yaml").read_text(), "make kube-examples"
 
 
-def test_the_serving_example_is_valid() -> None:
-    check_manifest(documents("serve.yaml")[0])
+def test_the_training_example_is_what_the_command_writes(tmp_path: Path) -> None:
+    out = tmp_path / "train.yaml"
+    assert run(["submit", str(RUN), "--kube", "--name", "nano", "--out", str(out)]) == 0
+    configs: list[RunConfig] = []
+    objects: list[Any] = []
+    for file in (out, DEPLOY / "kuberay" / "train.yaml"):
+        config_map, job = yaml.safe_load_all(file.read_text())
+        # As it is read, so that a field that gets a default does not count as a change.
+        written = tmp_path / "run.yaml"
+        written.write_text(config_map.pop("data")["run.yaml"])
+        configs.append(load_preset(written))
+        objects.append([config_map, job])
+    assert objects[0] == objects[1], "make kube-examples"
+    assert configs[0] == configs[1], "make kube-examples"
+
+
+@pytest.mark.parametrize("name", ["train.yaml", "serve.yaml"])
+def test_the_examples_are_valid(name: str) -> None:
+    check_manifest(documents(name)[-1])
 
 
 def test_the_claim_is_the_one_that_pods_mount() -> None:
@@ -106,9 +123,10 @@ def test_the_claim_is_the_one_that_pods_mount() -> None:
 def test_the_monitor_finds_every_pod() -> None:
     (monitor,) = documents("monitor.yaml")
     wanted = monitor["spec"]["selector"]["matchLabels"].items()
-    (service,) = documents("serve.yaml")
-    cluster = service["spec"]["rayClusterConfig"]
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+    (service,), (_, job) = documents("serve.yaml"), documents("train.yaml")
+    clusters = [service["spec"]["rayClusterConfig"], job["spec"]["rayClusterSpec"]]
+    groups = [group for one in clusters for group in (one["headGroupSpec"], *one["workerGroupSpecs"])]
+    for group in groups:
         assert wanted <= group["template"]["metadata"]["labels"].items()
 
 
@@ -130,20 +148,31 @@ def test_settings_of_pods_and_of_the_server_are_told_apart(capfd: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--kube"], 4, "There is no champion yet"),
-        (["--kube", "--model", "1", "--port", "9000"], 2, "--port is for a server on this machine"),
-        (["--kube", "--model", "1", "--name", "My Editor"], 2, "cannot be a name in Kubernetes"),
-        (["--kube", "--model", "1", "--set", "kube.imag=x"], 2, "did you mean image"),
-        (["--out", "x.yaml"], 2, "--out is for a RayService; add --kube or leave it out"),
+        (["serve", "up", "--kube"], 4, "There is no champion yet"),
+        (["serve", "up", "--kube", "--model", "1", "--port", "9000"], 2, "--port is for a server on this machine"),
+        (["serve", "up", "--kube", "--model", "1", "--name", "My Editor"], 2, "cannot be a name in Kubernetes"),
+        (["serve", "up", "--kube", "--model", "1", "--set", "kube.imag=x"], 2, "did you mean image"),
+        (["serve", "up", "--out", "x.yaml"], 2, "--out is for a RayService; add --kube or leave it out"),
+        (["submit", "nano", "--kube", "--name", "my_run"], 2, "cannot be a name in Kubernetes"),
+        (["submit", "nano", "--kube", "--supervise"], 2, "KubeRay sees a run through"),
+        (["submit", "nano", "--out", "x.yaml"], 2, "--out is for a RayJob; add --kube or leave it out"),
     ],
 )
 def test_wrong_uses_are_told(
     arguments: list[str], code: int, message: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run(["serve", "up", *arguments]) == code
+    assert run(arguments) == code
     captured = capfd.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_a_run_is_printed_where_no_file_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "nano", "--kube", "--set", "kube.queue=team-a"]) == 0
+    config_map, job = yaml.safe_load_all(capfd.readouterr().out)
+    assert config_map["metadata"]["name"] == job["metadata"]["name"]
+    assert job["metadata"]["name"].startswith("nano-")
+    assert job["spec"]["suspend"] is True
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,7 @@ def ray_cluster() -> Iterator[None]:
 def curve(training: TrainingPlan, stage: int) -> list[dict[str, Any]]:
     """The points of a stage without what depends on the clock."""
     timed = {"samples_per_second", "data_wait_seconds", "data_wait_share"}
+    timed |= {"checkpoint_stall_seconds", "checkpoint_stall_share", "goodput"}
     return [
         {
             "step": point["step"],

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import copy
 import shlex
+import socket
+import time
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import httpx
 import jsonschema
 import pytest
 import yaml
 from kube_schemas import check_manifest
+from ray import serve
+from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage] - what `serve deploy` asks
 from ray.serve.schema import ServeDeploySchema
+from test_serve_ray import picture, png, register_champion
 
-from insightedit.platform.config import KubeConfig, RunConfig, load_preset
+from insightedit.platform.cluster import connected
+from insightedit.platform.config import KubeConfig, RunConfig, load_preset, preset_names
 from insightedit.platform.errors import UsageError
-from insightedit.platform.kube import QUEUE_LABEL, WORK_FOLDER, Manifest, to_yaml, training_manifests
-from insightedit.serve.kube import serving_manifest
+from insightedit.platform.kube import QUEUE_LABEL, WORK_FOLDER, Manifest, placed, to_yaml, training_manifests
+from insightedit.platform.workdir import Workdir
+from insightedit.serve.applications import gateway_application, single_version_table
+from insightedit.serve.client import edit_over_http
+from insightedit.serve.kube import resolved, serve_config, serving_manifest
 from insightedit.serve.settings import ServeSettings
 
 EVERYTHING = (
@@ -92,13 +103,15 @@ def test_the_schema_would_refuse_a_wrong_field(where: str) -> None:
 
 def test_the_entrypoint_trains_the_resolved_config_under_the_runs_name(tmp_path: Path) -> None:
     config = load_preset("nano", EVERYTHING)
-    config_map, job = training_manifests(config, "mine", stages=[2, 3])
+    config_map, job = training_manifests(config, "mine")
     program, command, file, *options = shlex.split(job["spec"]["entrypoint"])
-    assert (program, command, options) == ("insightedit", "train", ["--name", "mine", "--stage", "2", "--stage", "3"])
+    assert (program, command, options) == ("insightedit", "train", ["--name", "mine"])
     folder, _, key = file.rpartition("/")
     written = tmp_path / key
     written.write_text(config_map["data"][key])
-    assert load_preset(written) == config
+    resolved_config = load_preset(written)
+    assert resolved_config == placed(config)
+    assert resolved_config.fingerprint(3) == config.fingerprint(3)
 
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
     (mount,) = [one for one in container_of(head)["volumeMounts"] if one["mountPath"] == folder]
@@ -148,6 +161,32 @@ def test_the_groups_are_what_the_config_asks_for() -> None:
         {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
     ]
     assert "tolerations" not in groups["data"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "expected"), [(1, 0.9, 1), (2, 0.5, 1), (3, 0.4, 2), (3, 0.6, 3), (4, 1, 4), (2, 2, 4)]
+)
+def test_workers_share_a_gpu_only_where_whole_ones_fit(workers: int, gpus: float, expected: int) -> None:
+    batches = [f"stages.{number}.global_batch=24" for number in (1, 2, 3)]
+    sizes = [f"workers.count={workers}", f"workers.gpus={gpus}", f"kube.train.workers={workers}"]
+    _, job = run_job(*batches, *sizes)
+    train = groups_of(job["spec"]["rayClusterSpec"])["train"]
+    assert container_of(train)["resources"]["limits"]["nvidia.com/gpu"] == str(expected)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_can_run_on_kubernetes(preset: str) -> None:
+    check_manifest(training_manifests(load_preset(preset), "mine")[-1])
+
+
+def test_processes_go_to_the_pods_that_are_for_them() -> None:
+    config, job = run_job("data.encoder_gpus=1")
+    groups = groups_of(job["spec"]["rayClusterSpec"])
+    labels = {name: group["labels"] for name, group in groups.items()}
+    assert labels["data"] == labels["encode"] == placed(config).data.place
+    assert labels["train"] == placed(config).workers.place
+    elsewhere = load_preset("nano", ["data.place={zone: a}"])
+    assert placed(elsewhere).data.place == {"zone": "a"}
 
 
 def test_encoders_without_gpus_work_on_the_data_pods() -> None:
@@ -208,6 +247,19 @@ def test_serving_pods_hold_every_replica_there_may_be() -> None:
     assert container_of(groups["serve"])["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
+def test_replicas_go_to_the_pods_that_are_for_them() -> None:
+    settings = ServeSettings.model_validate({"editor": {"place": {"zone": "a"}}})
+    service = serving_manifest(KubeConfig(), "editor", "3", (), settings)
+    labels = {name: group["labels"] for name, group in groups_of(service["spec"]["rayClusterConfig"]).items()}
+    version, _ = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    written = ServeSettings.model_validate(version["args"]["settings"])
+    assert written.gateway.place == labels["gateway"]
+    assert written.conditioner.place == labels["serve"]
+    assert written.editor.place == {"zone": "a"}
+    application = gateway_application(single_version_table("3", ()), written)
+    assert cast(Any, application)._bound_deployment.ray_actor_options["label_selector"] == labels["gateway"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "name", "message"),
     [
@@ -215,7 +267,7 @@ def test_serving_pods_hold_every_replica_there_may_be() -> None:
         ((), "a" * 48, "up to 47"),
         ((), "1st", "a letter first"),
         (("kube.train.workers=3",), "mine", "kube.train.workers is 3, which does not divide workers.count 2"),
-        (("workers.gpus=0.5",), "mine", "a pod would have 0.5 GPUs"),
+        (("checkpoints.store=here",), "mine", "checkpoints.store is here: on a cluster, name a folder"),
     ],
 )
 def test_what_kubernetes_cannot_take_is_refused(overrides: tuple[str, ...], name: str, message: str) -> None:
@@ -227,3 +279,28 @@ def test_a_replica_that_fits_no_pod_is_refused() -> None:
     settings = ServeSettings.model_validate({"editor": {"cpus": 9}})
     with pytest.raises(UsageError, match=r"editor.cpus is 9, more than the 4 of a pod; raise kube.serve.cpus"):
         serving_manifest(KubeConfig(), "editor", "3", (), settings)
+
+
+@pytest.mark.slow
+def test_serve_makes_an_editor_of_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The applications are built from the work folder alone, as the pods build them, and edit."""
+    workdir = Workdir.open(tmp_path / "work")
+    monkeypatch.setenv("INSIGHTEDIT_WORKDIR", str(workdir.root))
+    register_champion(workdir, tmp_path)
+    # A Ray on one machine has no groups; where replicas go is the other tests'.
+    plain = serve_config(*resolved(workdir, "champion"), ServeSettings())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        plain["http_options"] |= {"host": "127.0.0.1", "port": probe.getsockname()[1]}
+    config = ServeDeploySchema.model_validate(plain)
+    untyped_serve, untyped_client = cast(Any, serve), cast(Any, _get_global_client)
+    with connected(cpus=8):
+        untyped_serve.start(proxy_location="HeadOnly", http_options=config.http_options.model_dump())
+        untyped_client().deploy_apps(config, _blocking=True)
+        url = f"http://127.0.0.1:{config.http_options.port}"
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{url}/readyz").status_code != HTTPStatus.OK and time.monotonic() < deadline:
+            time.sleep(0.5)
+        answer = edit_over_http(url, png(picture()), "remove the red circle", seed=7)
+        untyped_serve.shutdown()
+    assert (answer.model_version, answer.seed) == ("1", 7)

@@ -17,7 +17,6 @@ import boto3
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import toy_training as toy
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
@@ -40,15 +39,7 @@ CONFIG = toy.toy_config({2: {"steps": 50}}).stages[2]
 NAMES = ("L_MLLM", "L_IAA", "L_diff1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """DeepSpeed wants a process group, even of one."""
-    meeting = tmp_path_factory.mktemp("group") / "meeting"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 class Training:

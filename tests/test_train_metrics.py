@@ -15,6 +15,7 @@ import toy_training as toy
 from prometheus_client.parser import text_string_to_metric_families
 
 from insightedit.platform.cluster import connected
+from insightedit.platform.efficiency import Efficiency, FlopMeter
 from insightedit.platform.storage import Store
 from insightedit.platform.train_metrics import FIGURES, exported_names
 from insightedit.platform.trainer import TrainingPlan, train_stages
@@ -47,7 +48,7 @@ def scraped(run: str) -> dict[str, dict[str, float]]:
 
 
 def test_prometheus_finds_every_figure_of_a_running_training(tmp_path: Path, quick_metrics: None) -> None:
-    config = toy.toy_config({1: {"steps": STEPS, "log_every": 1}}, count=1)
+    config = toy.toy_config({1: {"steps": STEPS, "log_every": 1}}, count=1, peak_tflops=1e-6)
     workdir = Workdir.open(tmp_path)
     stores = {name: Store.at(toy.prepare_toy(workdir.data / name)) for name in config.data.datasets}
     seen = tmp_path / "seen"
@@ -77,7 +78,9 @@ def test_every_figure_of_the_curves_is_shown() -> None:
 
     steps = loop(Engine())
     steps.step(0)
-    assert set(steps.point(1).figures) == set(FIGURES)
+    efficiency = Efficiency(started=0.0, before=0.0, flops=FlopMeter(), peak=1.0)
+    more = efficiency.figures(samples_per_second=1.0, seconds=1.0, stalled=0.0, useful=1.0)
+    assert set(steps.point(1).figures) | set(more) == set(FIGURES)
 
 
 def test_the_dashboard_asks_for_what_is_exported_and_nothing_else() -> None:

@@ -25,6 +25,9 @@ from insightedit.model.insightedit import build_pipeline
 from insightedit.model.mllm import hidden_states
 from insightedit.model.pipeline import load_pipeline
 from insightedit.model.weights import load_diffusion, load_image_encoder, load_mllm
+from insightedit.platform.editing import EditingTask
+from insightedit.platform.encoding import load_encoders
+from insightedit.platform.errors import UsageError
 
 PROMPT_LENGTH = 256
 PICTURE = Image.effect_noise((16, 16), 80).convert("RGB")
@@ -252,8 +255,11 @@ def test_pickles_are_refused_unread(sources: SourcesConfig, tmp_path: Path) -> N
     )
     (tmp_path / "v1-5.ckpt").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     for place in ("sd", "v1-5.ckpt"):
-        with pytest.raises(ValueError, match=r"are pickles.*convert them to safetensors as docs/weights\.md shows"):
-            load_diffusion(replace(sources, diffusion=str(tmp_path / place)))
+        own = replace(sources, diffusion=str(tmp_path / place))
+        task = EditingTask(key="", model=tiny_config(own), encoders="", validation=None)
+        for load in (lambda own=own: load_encoders(own), task.build_model):
+            with pytest.raises(UsageError, match=r"are pickles.*convert them to safetensors as docs/weights\.md shows"):
+                load()
     layouts.llava_15(tmp_path / "llava")
     for file in (tmp_path / "llava").glob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))
@@ -287,6 +293,15 @@ def test_wrong_single_files_are_refused(
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"whole\.safetensors, which is damaged"):
         load_diffusion(own, parts=["vae"])
+
+
+def test_folders_without_a_model_are_refused(sources: SourcesConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.sources\.mllm is .*, which has no config\.json; name a whole model"):
+        load_mllm(replace(sources, mllm=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"model\.sources\.image_encoder is .* cannot be loaded"):
+        load_image_encoder(replace(sources, image_encoder=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"model\.sources\.diffusion is .*, and is no diffusers folder"):
+        load_diffusion(replace(sources, diffusion=str(tmp_path)), parts=["scheduler"])
 
 
 def test_other_llavas_of_their_authors_are_refused(sources: SourcesConfig, tmp_path: Path) -> None:

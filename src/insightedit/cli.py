@@ -290,7 +290,8 @@ def train(
 
         def on_progress(at: Progress) -> None:
             losses = ", ".join(f"{loss} {value:.4f}" for loss, value in at.losses.items())
-            display.at(f"Stage {at.stage}", at.step, at.steps, losses)
+            pace = f"{at.samples_per_second:.3g} samples/s, goodput {at.goodput:.0%}"
+            display.at(f"Stage {at.stage}", at.step, at.steps, f"{losses}; {pace}")
 
         watchers = Watchers(
             prepare=lambda what, done, total: display.at(f"Data {what}", done, total), train=on_progress

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +16,7 @@ from insightedit.console import (
     columns,
     dry_run_option,
     emit,
+    emit_manifests,
     json_option,
     open_workdir,
     set_option,
@@ -59,6 +61,8 @@ def _jobs(address: str | None) -> Jobs:
     metavar="MINUTES",
     help="How long --supervise waits for a cluster that does not answer or has lost nodes.",
 )
+@click.option("--kube", is_flag=True, help="Ask no cluster; write a KubeRay RayJob for `kubectl apply`.")
+@click.option("--out", type=click.Path(path_type=Path), help="With --kube: file to write; stdout without it.")
 @dry_run_option
 @json_option
 def submit(
@@ -69,6 +73,8 @@ def submit(
     supervise: bool,
     max_restarts: int,
     wait: float,
+    kube: bool,
+    out: Path | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -76,6 +82,13 @@ def submit(
 
     The work folder must be one that all nodes share.
     """
+    if kube and supervise:
+        raise UsageError("--supervise is for a job of a Ray cluster; KubeRay sees a run through, kube.retries times.")
+    if kube:
+        emit_manifests(_ray_job(config, name, overrides), out, as_json, dry_run)
+        return
+    if out is not None:
+        raise UsageError("--out is for a RayJob; add --kube or leave it out.")
     from insightedit.platform.config import load_preset
     from insightedit.platform.submission import Patience, Submission, submit
     from insightedit.platform.submission import supervise as supervise_run
@@ -98,6 +111,16 @@ def submit(
     end, restarts = supervise_run(jobs.place, submission, job, patience, lambda line: click.echo(line, err=True))
     report |= {"job": end.job, "status": end.status, "restarts": restarts}
     emit(report, as_json, lambda: [f"run {end.run} has finished as job {end.job}, after {restarts} restarts"])
+
+
+def _ray_job(config: str, name: str | None, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """A run as objects of Kubernetes."""
+    from insightedit.platform.config import load_preset
+    from insightedit.platform.kube import training_manifests
+    from insightedit.platform.workdir import run_name
+
+    run_config = load_preset(config, overrides)
+    return training_manifests(run_config, run_name(name, run_config.name))
 
 
 def _show_plan(submission: Submission, place: str) -> Iterable[str]:
