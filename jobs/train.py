@@ -14,7 +14,7 @@ import torch
 from insightedit.jobs.prepare import PreparedDataset, prepare
 from insightedit.jobs.prepare import Progress as PrepareProgress
 from insightedit.model.insightedit import InsightEditModel, build_pipeline
-from insightedit.platform.capacity import check_room, nodes_here
+from insightedit.platform.capacity import wait_for_room
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import RunConfig
 from insightedit.platform.editing import EditingTask
@@ -104,12 +104,12 @@ def train(
         InsightEditError: preparing or training failed.
     """
     watchers = watchers or Watchers()
-    numbers = _numbers(config, stages)
+    numbers = stage_numbers(config, stages)
     name = run_name(name, config.name)
     clock = _Clock()
     with claimed(workdir.runs / name, config.fingerprint(max(config.stages))) as lease:
         with connected():
-            check_room(config, nodes_here())
+            wait_for_room(config)
             datasets = prepare(config, workdir, progress=watchers.prepare)
             clock.lap("prepare")
             plan = replace(training_plan(config, workdir, name, numbers, datasets), lease=lease)
@@ -200,7 +200,12 @@ def build_model(config: RunConfig) -> InsightEditModel:
     return InsightEditModel(build_pipeline(model), model.lora, model.diffusion)
 
 
-def _numbers(config: RunConfig, stages: Sequence[int] | None) -> list[int]:
+def stage_numbers(config: RunConfig, stages: Sequence[int] | None) -> list[int]:
+    """The stages to train, in order; all of the config if None.
+
+    Raises:
+        UsageError: the config has no such stage.
+    """
     known = sorted(config.stages)
     wanted = known if stages is None else sorted(set(stages))
     if unknown := [number for number in wanted if number not in known]:

@@ -48,8 +48,18 @@ _TEMPLATE = (
 
 
 def original_config(source: str) -> dict[str, Any] | None:
-    """The config of a LLaVA in its authors' layout; None for any other model."""
-    content: dict[str, Any] = PreTrainedConfig.get_config_dict(source)[0]
+    """The config of a LLaVA in its authors' layout; None for any other model.
+
+    Raises:
+        ValueError: there is no config, or it cannot be read.
+    """
+    try:
+        content: dict[str, Any] = PreTrainedConfig.get_config_dict(source)[0]
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model.sources.mllm is {source}, and its config.json cannot be read: {reason}") from error
+    if not content:
+        raise ValueError(f"model.sources.mllm is {source}, which has no config.json; name a whole model.")
     return content if "mm_vision_tower" in content else None
 
 

@@ -42,6 +42,9 @@ _CONDITIONER_PARTS = (
 )
 _EDITOR_PARTS = ("vae", "unet")
 
+SHARD_SIZE = "2GB"
+"""Of the files that a part is saved in: what is read lies in memory twice, one file at a time."""
+
 StepCallback = Callable[["InsightEditPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 

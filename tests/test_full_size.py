@@ -32,13 +32,12 @@ from transformers import (
 
 from insightedit.model.configuration import ModelConfig, SourcesConfig
 from insightedit.model.insightedit import build_pipeline
-from insightedit.model.pipeline import load_pipeline
+from insightedit.model.pipeline import SHARD_SIZE, load_pipeline
 from insightedit.model.weights import SINGLE_FILE_CONFIG
 from insightedit.platform.config import load_preset
 
 GIGABYTE = 10**9
 LIMIT_GB = 24
-SHARD = "2GB"
 LAYERS = 32
 """Of LLaVA-7B's language model. With fewer the same is done in less memory and time."""
 
@@ -82,7 +81,7 @@ def write_sources(folder: Path, layers: int) -> SourcesConfig:
         "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
     }
     llava = random_model(lambda: LlavaForConditionalGeneration(LlavaConfig(**config)))
-    llava.save_pretrained(folder / "mllm", max_shard_size=SHARD)
+    llava.save_pretrained(folder / "mllm", max_shard_size=SHARD_SIZE)
     LlavaProcessor(
         image_processor=_image_processor(336), tokenizer=tokenizer, patch_size=14,
         chat_template=tiny_models.CHAT_TEMPLATE, vision_feature_select_strategy="default",
@@ -119,7 +118,7 @@ def build_save_load_edit(config: ModelConfig, folder: Path, say: Callable[[str],
     parameters = sum(p.numel() for part in pipeline.components.values() if isinstance(part, nn.Module)
                      for p in part.parameters())  # fmt: skip
     say(f"built, {parameters / 1e9:.2f} billion parameters")
-    pipeline.save_pretrained(str(folder), max_shard_size=SHARD)
+    pipeline.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
     say("saved")
     del pipeline
     gc.collect()
