@@ -95,7 +95,7 @@ def prepared(folder: Path, steps: int, scenes: int) -> Bench:
             f"data.datasets.edits.options.count={scenes}",
             "data.datasets.captions=null",
             "data.datasets.questions=null",
-            "stages.1.datasets={edits: 1, captions: null, questions: null}",
+            "stages.1.datasets={edits: 1}",
             "stages.3=null",
             f"stages.{STAGE}.steps={WARM + steps + REST}",
             f"stages.{STAGE}.log_every={LOG_EVERY}",
