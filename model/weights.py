@@ -185,7 +185,10 @@ def _single_file_text_encoder(path: Path, dtype: torch.dtype) -> CLIPTextModel:
     weights = {name.removeprefix(prefix): tensor for name, tensor in _tensors(path, prefix, dtype).items()}
     config = CLIPTextConfig.from_pretrained(SINGLE_FILE_CONFIG, subfolder="text_encoder")
     load: Any = CLIPTextModel.from_pretrained
-    model, info = load(None, config=config, state_dict=weights, torch_dtype=dtype, output_loading_info=True)
+    try:
+        model, info = load(None, config=config, state_dict=weights, torch_dtype=dtype, output_loading_info=True)
+    except RuntimeError as error:
+        raise ValueError(f"the text encoder of {path} is not Stable Diffusion 1.x's: {_line(error)}") from error
     _check(info["missing_keys"], info["unexpected_keys"], f"the text encoder of {path}")
     return model
 

@@ -1,4 +1,4 @@
-"""Whether a cluster has room for a run: what the run asks for, and what the nodes have or may come to have.
+"""Whether a cluster has room for a run: what the run asks for, and what the nodes have.
 
 A run that does not fit would wait for ever. Only what can never fit is refused: each kind of process is counted on the
 nodes alone that it may run on, and all of them together in CPUs and GPUs.
@@ -6,21 +6,25 @@ nodes alone that it may run on, and all of them together in CPUs and GPUs.
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
 from ray import _raylet
-from ray._private.state import state  # what Ray's own autoscaling of data and training looks at
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.experimental.internal_kv import _internal_kv_get  # pyright: ignore[reportPrivateUsage]
 
 from insightedit.platform.config import RunConfig
 from insightedit.platform.errors import UsageError
 from insightedit.platform.ingest import TASK_CPUS
 
-_UNLIMITED = 1_000_000
-"""Nodes of a group without a limit."""
+NODES_SECONDS = 60.0
+"""A cluster that has just been started gets its nodes one after the other."""
+_POLL_SECONDS = 1.0
 
 
 class NoRoomError(UsageError):
@@ -32,8 +36,7 @@ class Nodes:
     """Nodes of one kind."""
 
     resources: Mapping[str, float]
-    labels: Mapping[str, str] | None
-    """None where they are not known before there is such a node."""
+    labels: Mapping[str, str]
     count: int = 1
 
 
@@ -53,9 +56,9 @@ class Need:
         return sum(kind.count * self._on_one(kind.resources) for kind in nodes if self.may_run_on(kind))
 
     def may_run_on(self, kind: Nodes) -> bool:
-        """Whether nodes have the labels, or may have."""
+        """Whether nodes have the labels."""
         match = cast(Any, _raylet).node_labels_match_selector
-        return not self.place or kind.labels is None or bool(match(dict(kind.labels), dict(self.place)))
+        return not self.place or bool(match(dict(kind.labels), dict(self.place)))
 
     def _on_one(self, resources: Mapping[str, float]) -> int:
         wanted = {"CPU": self.cpus, "GPU": self.gpus}
@@ -121,20 +124,54 @@ def _check_all(phase: Sequence[Need], nodes: Sequence[Nodes]) -> None:
             )
 
 
+def wait_for_room(config: RunConfig, seconds: float = NODES_SECONDS) -> None:
+    """Check that a run can fit into the cluster that this process is connected to.
+
+    Args:
+        config: of the run.
+        seconds: how long nodes that are not there yet are waited for, as they come one after the other. A Ray that this
+            process has started itself has all it will ever have.
+
+    Raises:
+        NoRoomError: it does not fit, and no autoscaler may add nodes.
+    """
+    deadline = time.monotonic() + (0 if _is_own() else seconds)
+    while (nodes := nodes_here()) is not None:
+        try:
+            check_room(config, nodes)
+        except NoRoomError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_SECONDS)
+        else:
+            return
+
+
 def nodes_alive() -> list[Nodes]:
     """The nodes of the cluster that this process is connected to."""
     return [Nodes(resources=node["Resources"], labels=node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
-def nodes_here() -> list[Nodes]:
-    """The nodes of the cluster that this process is connected to, and those that its autoscaler may add."""
-    config: Any = state.get_cluster_config()
-    groups = [] if config is None else config.node_group_configs
-    return nodes_alive() + [
-        Nodes(
-            resources=dict(group.resources),
-            labels=None,
-            count=group.max_count if group.max_count >= 0 else _UNLIMITED,
-        )
-        for group in groups
-    ]
+def nodes_here() -> list[Nodes] | None:
+    """The nodes of the cluster that this process is connected to; None where an autoscaler may add others."""
+    # Ray's autoscalers tell nobody what they may add: not which nodes, nor how many at most.
+    status = None if _is_own() else _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+    report = json.loads(status or "{}").get("autoscaler_report") or {}
+    if not _is_own() and not is_fixed(report.get("node_type_mapping")):
+        return None
+    return nodes_alive()
+
+
+def is_fixed(types: Mapping[str, str] | None) -> bool:
+    """Whether a cluster's autoscaler adds nothing: Ray's read-only one takes every node for a type of its own.
+
+    Args:
+        types: the type of each node, by its id, as the autoscaler reports them; None where none reports.
+    """
+    return bool(types) and all(kind == f"node_{node}" for node, kind in types.items())
+
+
+def _is_own() -> bool:
+    """Whether this process has started the Ray that it uses."""
+    node: Any = cast(Any, ray)._private.worker._global_node
+    return node is not None and node.head

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from insightedit.platform.capacity import Nodes, NoRoomError, check_room
+from insightedit.platform.capacity import Nodes, NoRoomError, check_room, is_fixed
 from insightedit.platform.config import RunConfig, dump_config
 from insightedit.platform.errors import ClusterError, GateRefusedError, InsightEditError, NotFoundError, UsageError
 from insightedit.platform.leases import JOB_VARIABLE, is_owned, owner_of
@@ -57,6 +57,14 @@ class Submission:
     workdir: str
     """The work folder, as the cluster's nodes know it."""
 
+    def __post_init__(self) -> None:
+        """Check what can be checked without the cluster.
+
+        Raises:
+            UsageError: the config names a path that is not absolute.
+        """
+        check_paths(self.config)
+
     @property
     def fingerprint(self) -> str:
         """Of the config: a run's name stands for one."""
@@ -83,6 +91,8 @@ class Job:
     workdir: str
     error: str
     """Ray's type of what went wrong, where it was not the command."""
+    message: str
+    """What Ray says of it; of a command that failed the end of its log."""
 
     @property
     def is_over(self) -> bool:
@@ -116,12 +126,19 @@ class Jobs(JobSubmissionClient):
         with _answering(self.place):
             try:
                 super().__init__(self.place)
-            except (KeyError, TypeError, RuntimeError) as error:
-                raise ClusterError(f"What answers at {self.place} is no Ray cluster of ours: {error}.") from None
+            except (KeyError, TypeError) as error:
+                raise ClusterError(f"What answers at {self.place} is no Ray dashboard; check --address.") from error
 
     def _do_request(self, method: str, endpoint: str, **settings: Any) -> Any:
         settings.setdefault("timeout", _TIMEOUT_SECONDS)
         return super()._do_request(method, endpoint, **settings)
+
+    def _data(self, endpoint: str) -> Any:
+        """What the dashboard answers."""
+        reply = self._do_request("GET", endpoint).json()
+        if not reply["result"]:
+            raise RuntimeError(reply["msg"])
+        return reply["data"]
 
     def all(self) -> list[Job]:
         """Every job of a run, the newest first."""
@@ -199,9 +216,10 @@ class Jobs(JobSubmissionClient):
     def nodes(self) -> list[Nodes] | None:
         """The nodes that there are; None where an autoscaler may add others."""
         with _answering(self.place):
-            status = self._do_request("GET", "/api/cluster_status").json()["data"]["clusterStatus"]
-            listed = self._do_request("GET", "/api/v0/nodes?detail=1&limit=10000").json()["data"]["result"]["result"]
-        if not _is_fixed(status):
+            status = self._data("/api/cluster_status")["clusterStatus"]
+            listed = self._data("/api/v0/nodes?detail=1&limit=10000")["result"]["result"]
+        report = (status or {}).get("autoscalerReport") or {}
+        if not is_fixed(report.get("nodeTypeMapping")):
             return None
         alive = [node for node in listed if node["state"] == "ALIVE"]
         return [Nodes(resources=node["resources_total"], labels=node["labels"]) for node in alive]
@@ -214,10 +232,9 @@ def submit(jobs: Jobs, submission: Submission, *, dry_run: bool = False) -> str 
         The name of its job; None for a dry run.
 
     Raises:
-        UsageError: the run's name is taken, the cluster has no room, or the config names a path that is not absolute.
+        UsageError: the run's name is taken, or the cluster has no room.
         ClusterError: the cluster does not answer or refuses the token.
     """
-    check_paths(submission.config)
     before = jobs.of(submission.run)
     check_name(jobs, submission, before)
     nodes = jobs.nodes()
@@ -252,8 +269,7 @@ def check_paths(config: RunConfig) -> None:
         UsageError: a path depends on where this command runs.
     """
     sources = asdict(config.model.sources)
-    named = {part: source for part, source in sources.items() if source is not None}
-    paths = {f"model.sources.{part}": source for part, source in named.items() if source.startswith((".", "~"))}
+    paths = {f"model.sources.{part}": one for part, one in sources.items() if one and one.startswith((".", "~"))}
     roots = {name: dataset.options.get("root") for name, dataset in config.data.datasets.items()}
     paths |= {f"data.datasets.{name}.options.root": root for name, root in roots.items() if root is not None}
     stores = {"data.store": config.data.store, "checkpoints.store": config.checkpoints.store}
@@ -295,11 +311,12 @@ def supervise(
         ClusterError: the cluster did not come back in time.
     """
     restarts = 0
+    fixed = _patiently(address, patience, say, lambda jobs: jobs.nodes() is not None)
     while True:
         end = _end_of(address, job, patience, say)
         if end is not None and end.status == JobStatus.SUCCEEDED:
             return end, restarts
-        reason = "the cluster lost it" if end is None else _death_of(Jobs(address), end)
+        reason = "the cluster lost it" if end is None else _death_of(end)
         if restarts == patience.max_restarts:
             raise InsightEditError(
                 f"Run {submission.run} died ({reason}) after {restarts} restarts; look at its log and submit it again,"
@@ -307,12 +324,14 @@ def supervise(
             )
         restarts += 1
         say(f"Job {job} died: {reason}. Submitting run {submission.run} again, restart {restarts}.")
-        job = _patiently(address, patience, say, lambda jobs: _resubmit(jobs, submission))
+        job = _patiently(address, patience, say, lambda jobs: _resubmit(jobs, submission, fixed))
 
 
-def _resubmit(jobs: Jobs, submission: Submission) -> str:
+def _resubmit(jobs: Jobs, submission: Submission, fixed: bool) -> str:
     # Whoever still holds the run's lease is dead or will end; the job itself waits for that.
     nodes = jobs.nodes()
+    if nodes is None and fixed:
+        raise ClusterError(f"The cluster at {jobs.place} has not counted its nodes yet; wait a moment.")
     if nodes is not None:
         check_room(submission.config, nodes)
     return jobs.start(submission, _next_try(jobs.of(submission.run)))
@@ -329,7 +348,7 @@ def _end_of(address: str, job: str, patience: Patience, say: Callable[[str], Non
         time.sleep(_POLL_SECONDS)
 
 
-def _death_of(jobs: Jobs, job: Job) -> str:
+def _death_of(job: Job) -> str:
     """Why a job died.
 
     Raises:
@@ -339,7 +358,7 @@ def _death_of(jobs: Jobs, job: Job) -> str:
         raise InsightEditError(f"Run {job.run} was cancelled; submit it again to go on with it.")
     if job.exit_code not in _ANSWERS and job.error != _NO_START:
         return job.error if job.exit_code is None else f"exit code {job.exit_code}"
-    raise _ANSWERS.get(job.exit_code or 1, InsightEditError)(f"Run {job.run} failed: {last_error(jobs.text(job))}")
+    raise _ANSWERS.get(job.exit_code or 1, InsightEditError)(f"Run {job.run} failed: {last_error(job.message)}")
 
 
 def last_error(text: str) -> str:
@@ -379,6 +398,9 @@ def _answering(place: str) -> Generator[None]:
             f"The cluster at {place} refuses us ({reason}); set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or"
             " RAY_AUTH_TOKEN_PATH to its token."
         ) from None
+    except RuntimeError as error:  # What Ray's client makes of any answer but the one it wants.
+        reason = str(error).splitlines()[0][:200].rstrip(".")
+        raise ClusterError(f"The cluster at {place} answers with an error: {reason}; try again.") from error
     except OSError as error:  # Those of requests are among them.
         raise ClusterError(
             f"There is no Ray cluster at {place} ({type(error).__name__}); check --address and that its head runs."
@@ -400,18 +422,12 @@ def _job(details: JobDetails) -> Job | None:
         config=metadata.get(_CONFIG, ""),
         workdir=metadata.get(_WORKDIR, ""),
         error=details.error_type or "",
+        message=details.message or "",
     )
 
 
 def _time(milliseconds: int | None) -> datetime | None:
     return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds else None
-
-
-def _is_fixed(status: Mapping[str, Any] | None) -> bool:
-    """Whether a cluster's autoscaler adds nothing: Ray's read-only one takes every node for a type of its own."""
-    report = (status or {}).get("autoscalerReport") or {}
-    types = cast(Mapping[str, str], report.get("nodeTypeMapping") or {})
-    return bool(types) and all(kind == f"node_{node}" for node, kind in types.items())
 
 
 def _next_try(before: Sequence[Job]) -> int:

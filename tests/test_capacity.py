@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from insightedit.platform.capacity import Nodes, NoRoomError, check_room
+from insightedit.platform.capacity import Nodes, NoRoomError, check_room, is_fixed
 from insightedit.platform.config import load_preset
 
 DATA, TRAIN = Nodes(resources={"CPU": 3}, labels={"group": "data"}), Nodes(resources={"CPU": 5}, labels={"group": "t"})
@@ -21,8 +21,6 @@ PLACED = ("workers.place.group=t", "data.place.group=data")
         (("workers.count=8", "workers.gpus=1", "stages.1.global_batch=16"), [GPUS]),
         # What is there in the end decides, not what an elastic run would like.
         (("workers.count=[1, 2]", "workers.cpus=2"), [DATA]),
-        # Nobody knows the labels of a node that an autoscaler will add.
-        (PLACED, [DATA, Nodes(resources={"CPU": 2}, labels=None)]),
         (("data.encode=while_training", "workers.data_cpus=0.25"), [DATA]),
     ],
 )
@@ -47,3 +45,16 @@ def test_what_fits_is_let_through(settings: tuple[str, ...], nodes: list[Nodes])
 def test_what_never_fits_is_refused(settings: tuple[str, ...], nodes: list[Nodes], said: str) -> None:
     with pytest.raises(NoRoomError, match=said):
         check_room(load_preset("nano", settings), nodes)
+
+
+@pytest.mark.parametrize(
+    ("types", "fixed"),
+    [
+        (None, False),
+        ({}, False),
+        ({"ab12": "node_ab12", "cd34": "node_cd34"}, True),
+        ({"ab12": "head", "cd34": "train-gpu"}, False),
+    ],
+)
+def test_only_a_cluster_without_an_autoscaler_is_what_it_is(types: dict[str, str] | None, fixed: bool) -> None:
+    assert is_fixed(types) is fixed

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from ray_cluster import RayCluster, ray_cluster
 from tiny_models import write_tiny_preset
 
+from insightedit import cli
 from insightedit.platform.journals import read_entries
 from insightedit.platform.leases import is_owned, owner_of
 from insightedit.platform.registry import Registry
@@ -103,6 +104,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_preset(tmp_path_factory.mktemp("tiny"), steps=4)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("nano", "--set", "stages.1.stepz=1"), 2, "there is no field stages.1.stepz"),
+        (("nanno",), 4, "There is no preset 'nanno'"),
+        (("nano", "--set", "model.sources.mllm=./llava"), 2, "model.sources.mllm is ./llava: on a cluster"),
+        (("nano", "--set", "data.store=shards"), 2, "data.store is shards: on a cluster"),
+        (("nano", "--workdir", "s3://bucket/work"), 2, "--workdir s3:/bucket/work must be a folder"),
+        (("nano", "--name", "../x"), 2, "--name ../x must be letters"),
+        (("nano",), 2, "Name the cluster with --address http://HOST:8265"),
+    ],
+)
+def test_what_is_wrong_by_itself_is_told_without_a_cluster(
+    arguments: tuple[str, ...], code: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["submit", *arguments]) == code
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"Error: {'nano.yaml: ' if 'stepz' in said else ''}{said}")
+
+
 def test_what_cannot_run_is_told_in_one_sentence_and_nothing_is_started(client: Client) -> None:
     nano = ("submit", "nano")
     before = client.run("status", "--json").json
@@ -110,16 +132,10 @@ def test_what_cannot_run_is_told_in_one_sentence_and_nothing_is_started(client: 
         (5, "There is no Ray cluster at http://127.0.0.1:1"): client.start(*nano, "--address", "http://127.0.0.1:1"),
         (5, "refuses us", "RAY_AUTH_TOKEN"): client.start(*nano, RAY_AUTH_TOKEN="0" * 32),
         (5, "refuses us", "RAY_AUTH_MODE=token"): client.start(*nano, RAY_AUTH_MODE="disabled"),
-        (2, "there is no field stages.1.stepz"): client.start(*nano, "--set", "stages.1.stepz=1"),
-        (4, "There is no preset 'nanno'"): client.start("submit", "nanno"),
         (2, "workers.count asks for 8 x 1 CPUs on nodes with group=train, and 5 fit"): client.start(
             *nano, "--set", "workers.count=8", "--set", "workers.place.group=train"
         ),
         (2, "asks for 2 x 1 CPUs and 1 GPUs, and 0 fit"): client.start(*nano, "--set", "workers.gpus=1"),
-        (2, "model.sources.mllm is ./llava", "whole path"): client.start(*nano, "--set", "model.sources.mllm=./llava"),
-        (2, "--workdir", "must be a folder"): client.start(*nano, "--workdir", "s3://bucket/work"),
-        (2, "--name", "../x"): client.start(*nano, "--name", "../x"),
-        (2, "--address"): client.start(*nano, RAY_API_SERVER_ADDRESS=""),
         (4, "has no run nothing"): client.start("logs", "nothing"),
     }
     for (code, *words), process in started.items():
@@ -139,7 +155,7 @@ def test_a_run_that_fails_by_itself_is_not_submitted_again(client: Client) -> No
     missing = ("--set", "model.sources.mllm=/no/such/folder")
     failed = client.run("submit", "nano", "--name", "failing", *missing, "--supervise")
     last = failed.err.strip().splitlines()[-1]
-    assert (failed.code, failed.out) == (4, "")
+    assert (failed.code, failed.out) == (4, ""), failed.err
     assert last.startswith("Error: Run failing failed: model.sources.mllm is /no/such/folder")
     told = client.run("status", "failing", "--json").json
     assert (told["state"], told["tries"], told["job"]["exit_code"]) == ("FAILED", 1, 4)

@@ -23,6 +23,7 @@ from insightedit.model.encoders import to_pixels
 from insightedit.model.losses import LossTerm
 from insightedit.model.pipeline import load_pipeline
 from insightedit.model.stages import STAGES
+from insightedit.platform.capacity import NoRoomError
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import CheckpointsConfig, RunConfig, StageConfig, load_preset
 from insightedit.platform.datasets import reader_named, records_of
@@ -46,6 +47,12 @@ TOLERANCE = 1e-6
 def ray_cluster() -> Iterator[None]:
     with connected(cpus=8):
         yield
+
+
+def test_a_run_that_would_wait_for_ever_is_refused(ray_cluster: None, tmp_path: Path) -> None:
+    config = load_preset("nano", ["workers.cpus=100"])
+    with pytest.raises(NoRoomError, match=r"workers\.count asks for 2 x 100 CPUs, and 0 fit"):
+        train(config, Workdir.open(tmp_path))
 
 
 def plan(tmp_path: Path, config: RunConfig, name: str = "run", **settings: Any) -> TrainingPlan:

@@ -268,6 +268,21 @@ def test_pickles_are_refused_unread(sources: SourcesConfig, tmp_path: Path) -> N
         load_mllm(replace(sources, mllm=str(tmp_path / "llava")))
 
 
+def test_pickles_load_once_they_are_converted_as_the_docs_show(
+    sources: SourcesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = layouts.whole_clip(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"state_dict": clip.state_dict()}, tmp_path / "pytorch_model.bin")
+    own = replace(sources, image_encoder=str(tmp_path))
+    with pytest.raises(ValueError, match="are pickles"):
+        load_image_encoder(own)
+    page = (Path(__file__).parents[1] / "docs/weights.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], {})  # noqa: S102 - a page of ours
+    assert load_image_encoder(own).visual_projection.weight.equal(clip.visual_projection.weight)
+
+
 def test_wrong_single_files_are_refused(
     sources: SourcesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +302,9 @@ def test_wrong_single_files_are_refused(
     change(file, add={"first_stage_model.quant_conv.bias": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"the VAE of .* quant_conv\.bias"):
         load_diffusion(own, parts=["vae"])
+    change(file, add={"cond_stage_model.transformer.text_model.final_layer_norm.bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"the text encoder of .* is not Stable Diffusion 1\.x's"):
+        load_diffusion(own, parts=["text_encoder"])
     change(file, drop=[name for name in load_file(file) if name.startswith("cond_stage_model.")])
     with pytest.raises(ValueError, match=r"has no cond_stage_model\.transformer\.\*; name a whole"):
         load_diffusion(own, parts=["text_encoder"])
