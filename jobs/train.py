@@ -104,7 +104,7 @@ def train(
         InsightEditError: preparing or training failed.
     """
     watchers = watchers or Watchers()
-    numbers = _numbers(config, stages)
+    numbers = stage_numbers(config, stages)
     name = run_name(name, config.name)
     clock = _Clock()
     with claimed(workdir.runs / name, config.fingerprint(max(config.stages))) as lease:
@@ -200,7 +200,12 @@ def build_model(config: RunConfig) -> InsightEditModel:
     return InsightEditModel(build_pipeline(model), model.lora, model.diffusion)
 
 
-def _numbers(config: RunConfig, stages: Sequence[int] | None) -> list[int]:
+def stage_numbers(config: RunConfig, stages: Sequence[int] | None) -> list[int]:
+    """The stages to train, in order; all of the config if None.
+
+    Raises:
+        UsageError: the config has no such stage.
+    """
     known = sorted(config.stages)
     wanted = known if stages is None else sorted(set(stages))
     if unknown := [number for number in wanted if number not in known]:

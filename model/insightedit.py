@@ -37,16 +37,31 @@ def build_pipeline(config: ModelConfig, dtype: torch.dtype = torch.float32) -> I
         dtype: of all weights; the pretrained ones are read in it, so that there is never a second copy of them.
     """
     diffusion = load_diffusion(config.sources, dtype)
-    unet = InsightEditUNet.from_unet(diffusion.pop("unet"), in_channels=2 * diffusion["vae"].config.latent_channels)
+    channels = 2 * diffusion["vae"].config.latent_channels
+    diffusion["unet"] = InsightEditUNet.from_unet(diffusion["unet"], in_channels=channels)
     image_encoder: Any = load_image_encoder(config.sources, dtype)
-    mllm = load_mllm(config.sources, dtype)
+    pipeline = join_parts(config, diffusion, image_encoder, load_mllm(config.sources, dtype))
+    for part in (pipeline.mm_tokens, pipeline.qformer, pipeline.bim, pipeline.adapter):
+        nn.Module.to(part, dtype)  # diffusers' own warns of nothing
+    return pipeline
+
+
+def join_parts(config: ModelConfig, diffusion: dict[str, Any], image_encoder: Any, mllm: Any) -> InsightEditPipeline:
+    """InsightEdit's own parts, freshly initialised, around pretrained ones.
+
+    Args:
+        config: the model.
+        diffusion: the parts of Stable Diffusion by their names in a pipeline, with InsightEdit's UNet.
+        image_encoder: CLIP's vision tower with its projection.
+        mllm: the language model.
+    """
+    unet: InsightEditUNet = diffusion["unet"]
     text = diffusion["text_encoder"].config
     width = mllm.get_input_embeddings().weight.shape[1]
     mm_tokens = MultimodalTokens(config.num_mm_tokens, width)
     mm_tokens.start_from(mllm)
-    pipeline = InsightEditPipeline(
+    return InsightEditPipeline(
         **diffusion,
-        unet=unet,
         image_encoder=image_encoder,
         image_processor=load_image_processor(config.sources),
         mllm=mllm,
@@ -78,9 +93,6 @@ def build_pipeline(config: ModelConfig, dtype: torch.dtype = torch.float32) -> I
         guidance_scale=config.sampling.guidance_scale,
         image_guidance_scale=config.sampling.image_guidance_scale,
     )
-    for part in (pipeline.mm_tokens, pipeline.qformer, pipeline.bim, pipeline.adapter):
-        nn.Module.to(part, dtype)  # diffusers' own warns of nothing
-    return pipeline
 
 
 def _build_qformer(config: ModelConfig, queries: int, size: int, width: int) -> QFormer:
@@ -131,6 +143,11 @@ class InsightEditModel(nn.Module):
         self.query_variance = torch.zeros(())
         # Not a submodule: the frozen encoders are no part of what is trained and kept in checkpoints.
         object.__setattr__(self, "_pipeline", pipeline)
+
+    @property
+    def own_pipeline(self) -> InsightEditPipeline:
+        """The pipeline whose parts are trained, with the frozen encoders."""
+        return cast(InsightEditPipeline, self._pipeline)
 
     def begin_stage(self, number: int) -> None:
         """Choose what trains. Stage 3 begins with the text's keys and values copied into the image branch."""
@@ -204,7 +221,7 @@ class InsightEditModel(nn.Module):
         Args:
             image_branch: whether f_img takes part: True once stage 3 has trained it.
         """
-        own = cast(InsightEditPipeline, self._pipeline)
+        own = self.own_pipeline
         parts = {name: part for name, part in own.components.items() if name != "mllm"}
         result = InsightEditPipeline(**parts, mllm=without_lora(self.mllm), **_settings(own), image_branch=image_branch)
         result.set_progress_bar_config(disable=True)

@@ -170,6 +170,9 @@ class WorkersConfig(_Settings):
     """Optimiser steps whose samples one data task collates for one worker."""
     place: Place = {}
     """Labels of the nodes that train, as in Ray's label selectors: `{group: train}`."""
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """GiB that training may fill on each worker: of its GPU, or of the machine where it has none. What needs more is
+    refused by a dry run. Not checked if None."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """What a worker's device can do at best, in 10^12 floating point operations a second at the stages' precision; with
     it the model FLOPs utilisation is reported."""

@@ -112,7 +112,7 @@ def start_engine(
     }
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(
-        _parameter_groups(losses.model, config, part_of), lr=config.learning_rate, betas=config.betas, fused=fused
+        parameter_groups(losses.model, config, part_of), lr=config.learning_rate, betas=config.betas, fused=fused
     )
     initialize = cast(Any, deepspeed).initialize
     return initialize(model=losses, optimizer=optimizer, config=settings, dist_init_required=False)[0]
@@ -146,7 +146,7 @@ def _zero_settings(config: StageConfig, device: torch.device) -> dict[str, Any]:
     return settings
 
 
-def _parameter_groups(
+def parameter_groups(
     model: nn.Module, config: StageConfig, part_of: Callable[[str], Part | None]
 ) -> list[dict[str, Any]]:
     """Groups of parameters with a learning rate, a warm-up and a weight decay of their own.

@@ -35,6 +35,9 @@ CONFIG_NAME = "config.yaml"
 _RUN, _CONFIG, _WORKDIR = "insightedit.run", "insightedit.config", "insightedit.workdir"
 _TIMEOUT_SECONDS = 30.0
 _POLL_SECONDS = 2.0
+_READY_SECONDS = 60.0
+_NOT_READY = "No available agent"
+"""In Ray's answer while the head's part that starts jobs has not started itself."""
 _ANSWERS = {1: InsightEditError, 2: UsageError, 3: GateRefusedError, 4: NotFoundError}
 """Exit codes with which `insightedit train` ends by itself; doing the same again would end the same."""
 _NO_START = "RUNTIME_ENV_SETUP_FAILURE"
@@ -197,21 +200,31 @@ class Jobs(JobSubmissionClient):
                 "py_modules": [str(write_wheel(Path(folder)))],
                 "env_vars": {ENVIRONMENT_VARIABLE: submission.workdir, JOB_VARIABLE: job},
             }
+            request = {
+                "entrypoint": submission.entrypoint,
+                "submission_id": job,
+                "runtime_env": environment,
+                "metadata": {
+                    _RUN: submission.run,
+                    _CONFIG: submission.fingerprint,
+                    _WORKDIR: submission.workdir,
+                },
+            }
+            return self._submit_once_ready(submission.run, request)
+
+    def _submit_once_ready(self, run: str, request: Mapping[str, Any]) -> str:
+        """Submit a job; the head of a cluster that has just started takes none for some seconds."""
+        deadline = time.monotonic() + _READY_SECONDS
+        while True:
             try:
-                return self.submit_job(
-                    entrypoint=submission.entrypoint,
-                    submission_id=job,
-                    runtime_env=environment,
-                    metadata={
-                        _RUN: submission.run,
-                        _CONFIG: submission.fingerprint,
-                        _WORKDIR: submission.workdir,
-                    },
-                )
+                return self.submit_job(**request)
             except RuntimeError as error:
                 if "already exists" in str(error):
-                    raise UsageError(_taken(submission.run, f"job {job} of that name was just submitted")) from None
-                raise
+                    why = f"job {request['submission_id']} of that name was just submitted"
+                    raise UsageError(_taken(run, why)) from None
+                if _NOT_READY not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_SECONDS)
 
     def nodes(self) -> list[Nodes] | None:
         """The nodes that there are; None where an autoscaler may add others."""

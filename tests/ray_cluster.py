@@ -63,14 +63,14 @@ class RayCluster:
             self._start_node(f"--address=127.0.0.1:{self.port} --num-cpus={cpus} --labels=group={group}")
         self._until(lambda: self._alive() == 1 + len(self.groups))
 
-    def kill_head(self) -> None:
-        """As when its machine loses its power."""
-        _kill(self.nodes[0])
-
-    def stop(self) -> None:
+    def lose_head(self) -> None:
+        """As when the head's machine loses its power; the others end themselves after a minute, and here at once."""
         for node in self.nodes:
             _kill(node)
         self.nodes.clear()
+
+    def stop(self) -> None:
+        self.lose_head()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def get(self, path: str) -> Any:

@@ -308,11 +308,13 @@ def test_a_config_file_with_a_wrong_field_is_named(insightedit: Any, tmp_path: P
 def test_train_says_what_it_would_do(insightedit: Any, own_work_folder: Path, tmp_path: Path) -> None:
     parts = ("diffusion", "image_encoder", "mllm")
     sources = [f"--set=model.sources.{part}={tmp_path}" for part in parts]
-    planned = insightedit("train", "nano", "--dry-run", "--set", "stages.2.steps=77", *sources)
+    planned = insightedit("train", "nano", "--dry-run", "--set", "stages.2.steps=77", "--stage", "2")
     assert planned.code == 0
-    assert planned.out.startswith("# would train stages 1, 2, 3")
     assert yaml.safe_load(planned.out)["stages"][2]["steps"] == 77
-    assert insightedit("train", "nano", "--dry-run", "--json", *sources).json["name"] == "nano"
+    refused = insightedit("train", "nano", "--dry-run", "--json", "--stage", "3", "--set", "workers.memory_gib=0.05")
+    keys = ["stages", "trainable", "memory", "flops", "resources", "config"]
+    assert (refused.code, list(json.loads(refused.out))) == (2, keys)
+    assert "workers.memory_gib" in refused.err
     assert insightedit("data", "prepare", "nano", "--dry-run", "--json", *sources).json["datasets"]
     assert not own_work_folder.exists()
 

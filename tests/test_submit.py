@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -214,10 +212,7 @@ def test_a_supervised_run_outlives_the_head(cluster: RayCluster, client: Client,
     run = client.workdir / "runs" / "tough"
     supervisor = client.start("submit", tiny, "--name", "tough", *PLACES, *settings, "--supervise", "--json")
     until(lambda: supervisor.poll() is not None or any(run.glob("stage-1/checkpoints/*/COMMITTED")), 600)
-    cluster.kill_head()
-    for node in cluster.nodes[1:]:
-        os.kill(node.pid, signal.SIGTERM)
-    cluster.nodes.clear()
+    cluster.lose_head()
     cluster.start()
     done = ended(supervisor)
     assert done.code == 0, done.err

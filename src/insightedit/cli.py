@@ -257,19 +257,31 @@ def foundation(out: Path, seed: int, share: float, dry_run: bool, as_json: bool)
 @click.argument("config")
 @click.option("--name", help="Of the run. The name of an earlier run goes on with it; without one the run is new.")
 @click.option("--stage", "stages", type=click.IntRange(1, 3), multiple=True, help="Only this stage; repeatable.")
+@click.option(
+    "--utilisation",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.3,
+    show_default=True,
+    help="Share of workers.peak_tflops that a dry run takes for granted.",
+)
 @set_option
 @dry_run_option
 @json_option
 def train(
-    config: str, name: str | None, stages: tuple[int, ...], overrides: tuple[str, ...], dry_run: bool, as_json: bool
+    config: str,
+    name: str | None,
+    stages: tuple[int, ...],
+    utilisation: float,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Train a CONFIG: a preset, or a file that extends one. What comes out is registered as the challenger."""
     from insightedit.platform.config import load_preset
 
     run_config = load_preset(config, overrides)
     if dry_run:
-        run_config.model_sources()
-        emit(run_config, as_json, lambda: _show_plan(run_config, stages))
+        _train_dry(run_config, stages, utilisation, as_json)
         return
     from insightedit.display import Display
     from insightedit.jobs.train import Watchers, train
@@ -289,6 +301,17 @@ def train(
     report = {"run": result.name, "run_id": result.run_id, "folder": result.folder, "model_version": version}
     report |= {"stages": result.stages, "seconds": result.seconds}
     emit(report, as_json, lambda: _show_training(result, version))
+
+
+def _train_dry(config: RunConfig, stages: Sequence[int], utilisation: float, as_json: bool) -> None:
+    """Say what a training will cost, and fail where it cannot fit."""
+    from insightedit.jobs.dry_run import check_fits, dry_run
+    from insightedit.jobs.train import stage_numbers
+    from insightedit.plans import show_dry_run
+
+    planned = dry_run(config, stage_numbers(config, stages or None), utilisation)
+    emit(planned, as_json, lambda: show_dry_run(planned))
+    check_fits(planned)
 
 
 def _registered(result: TrainingResult, config: RunConfig) -> str | None:
