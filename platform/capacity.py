@@ -147,6 +147,11 @@ def wait_for_room(config: RunConfig, seconds: float = NODES_SECONDS) -> None:
             return
 
 
+def nodes_alive() -> list[Nodes]:
+    """The nodes of the cluster that this process is connected to."""
+    return [Nodes(resources=node["Resources"], labels=node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
 def nodes_here() -> list[Nodes] | None:
     """The nodes of the cluster that this process is connected to; None where an autoscaler may add others."""
     # Ray's autoscalers tell nobody what they may add: not which nodes, nor how many at most.
@@ -155,11 +160,6 @@ def nodes_here() -> list[Nodes] | None:
     if not _is_own() and not is_fixed(report.get("node_type_mapping")):
         return None
     return nodes_alive()
-
-
-def nodes_alive() -> list[Nodes]:
-    """The nodes of the cluster that this process is connected to."""
-    return [Nodes(resources=node["Resources"], labels=node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
 def is_fixed(types: Mapping[str, str] | None) -> bool:
