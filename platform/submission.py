@@ -104,7 +104,7 @@ class Job:
 
     @property
     def tried(self) -> int:
-        """The how manieth job of its run it is."""
+        """Its number among the jobs of its run, from 1."""
         number = self.job.removeprefix(f"{self.run}.try")
         return int(number) if number.isdecimal() else 1
 
