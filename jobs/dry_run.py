@@ -153,9 +153,10 @@ class _StagePlan:
             accumulation=self._stage.global_batch // world // self._size,
             zero=self._stage.zero,
             offload=self._stage.offload,
+            averages=self._stage.ema_decay is not None,
             on_gpu=config.workers.gpus > 0,
         )
-        model = self._outline(self._stage)
+        model = self._outline()
         self.parts = _parts(model)
         self._weights = _weights(model, self._stage)
         self._trace = self._traced(model)
@@ -187,26 +188,20 @@ class _StagePlan:
 
     def flops(self, utilisation: float) -> PlannedFlops:
         """What it computes, and how long that takes."""
-        sample = self._flops_once() // self._size
+        sample = self._trace.flops // self._size
         peak = self._config.workers.peak_tflops
         rate = peak and self._setup.world * peak * 1e12 * utilisation / sample
         return PlannedFlops(
             sample=sample,
-            computed=self._trace.flops // self._size,
+            computed=self._trace.computed // self._size,
             utilisation=utilisation,
             samples_per_second=rate,
             hours=self.stage().samples / rate / 3600 if rate else None,
         )
 
-    def _flops_once(self) -> int:
-        """Operations of a micro-batch of which none is done twice."""
-        if not self._stage.gradient_checkpointing:
-            return self._trace.flops
-        plain = self._stage.model_copy(update={"gradient_checkpointing": False})
-        return self._traced(self._outline(plain)).flops
-
-    def _outline(self, stage: StageConfig) -> InsightEditModel:
+    def _outline(self) -> InsightEditModel:
         """The model's outline, made ready to train as a worker does."""
+        stage = self._stage
         model = build_outline(self._sources)
         model.begin_stage(self._number)
         if not self._setup.on_gpu:

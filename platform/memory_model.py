@@ -53,6 +53,8 @@ class Setup:
     zero: Literal[2, 3]
     offload: Literal["none", "optimizer", "all"]
     on_gpu: bool
+    averages: bool = False
+    """Whether an average of the weights is kept, each worker its share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +64,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    """Master weights and moments."""
+    """Master weights, moments and averages."""
     activations: int
     """And what else the forward and backward pass hold, such as weights cast for autocast."""
     batch: int
@@ -91,8 +93,13 @@ def plan_memory(weights: Weights, trace: StepTrace, setup: Setup, *, checkpoints
     plan = _plan_zero2 if setup.zero == 2 else _plan_zero3
     fullest = max(plan(weights, trace, setup), key=lambda memory: memory.device)
     share = _share(weights, setup)
-    snapshot = FLOAT * ((1 + MOMENTS) * share + (weights.trained if setup.zero == 2 else share)) if checkpoints else 0
-    return replace(fullest, host=fullest.host + weights.encoders + snapshot)
+    averages = FLOAT * share if setup.averages else 0
+    copied = FLOAT * ((1 + MOMENTS) * share + (weights.trained if setup.zero == 2 else share)) + averages
+    return replace(
+        fullest,
+        optimizer=fullest.optimizer + averages,
+        host=fullest.host + weights.encoders + (copied if checkpoints else 0),
+    )
 
 
 def _share(weights: Weights, setup: Setup) -> int:

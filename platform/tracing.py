@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from insightedit.model.memory import Recomputation
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -40,6 +42,8 @@ class StepTrace:
     """Bytes of the micro-batch itself."""
     flops: int
     """Floating point operations of products and convolutions, forward and backward."""
+    computed: int
+    """With those that gradient checkpointing does a second time."""
 
     @property
     def activations(self) -> int:
@@ -69,7 +73,7 @@ def trace_step(losses: nn.Module, batch: Mapping[str, Tensor], terms: int) -> St
     for handle in handles:
         handle.remove()
     size = sum(x.numel() * x.element_size() for x in inputs.values())
-    return StepTrace(tuple(ledger.arrivals), size, ledger.flops)
+    return StepTrace(tuple(ledger.arrivals), size, ledger.flops, ledger.computed)
 
 
 class _Ledger(TorchDispatchMode):
@@ -83,6 +87,7 @@ class _Ledger(TorchDispatchMode):
         super().__init__()
         self.arrivals: list[Arrival] = []
         self.flops = 0
+        self.computed = 0
         self._mode = mode
         self._alive = 0
         self._peak = 0
@@ -98,7 +103,9 @@ class _Ledger(TorchDispatchMode):
             output = func(*args, **settings)
         # Torch's own counter as a mode would do the same, and keep what gradient checkpointing computes again alive.
         if (formula := _FLOPS.get(func.overloadpacket)) is not None:
-            self.flops += formula(*args, **settings, out_val=output)
+            count = formula(*args, **settings, out_val=output)
+            self.computed += count
+            self.flops += 0 if Recomputation.under_way else count
         for item in pytree.tree_leaves(output):
             if isinstance(item, Tensor):
                 self._count(item)

@@ -123,7 +123,7 @@ def test_nano_takes_what_its_trace_says(number: int, settings: dict[str, Any]) -
 # -- the memory model -----------------------------------------------------------------------------------------------
 
 WEIGHTS = Weights(groups=(600, 400), largest=500, frozen=2000, frozen_elements=1000, encoders=64)
-TRACE = StepTrace((Arrival("b", 400, 5000), Arrival("a", 600, 4000)), batch=100, flops=1)
+TRACE = StepTrace((Arrival("b", 400, 5000), Arrival("a", 600, 4000)), batch=100, flops=1, computed=1)
 
 
 def plan(world: int = 2, accumulation: int = 1, *, checkpoints: bool = False, **settings: Any) -> Any:
@@ -146,6 +146,11 @@ def test_accumulated_gradients_stay_while_others_are_made() -> None:
     memory = plan(accumulation=3)
     assert memory.batch == 300
     assert memory.gradients + memory.buffers == 4 * (500 + 1000) + 4 * 1000
+
+
+def test_averages_of_the_weights_are_spread_and_kept_in_checkpoints() -> None:
+    plain, averaged = plan(checkpoints=True), plan(checkpoints=True, averages=True)
+    assert (averaged.optimizer - plain.optimizer, averaged.host - plain.host) == (4 * 500, 4 * 500)
 
 
 def test_one_worker_has_the_whole_optimiser() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shlex
 import socket
+import subprocess
 import time
 from http import HTTPStatus
 from pathlib import Path
@@ -18,12 +19,23 @@ from kube_schemas import check_manifest
 from ray import serve
 from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage] - what `serve deploy` asks
 from ray.serve.schema import ServeDeploySchema
+from ray_cluster import ray_cluster
 from test_serve_ray import picture, png, register_champion
+from tiny_models import write_tiny_preset
 
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import KubeConfig, RunConfig, load_preset, preset_names
 from insightedit.platform.errors import UsageError
-from insightedit.platform.kube import QUEUE_LABEL, WORK_FOLDER, Manifest, placed, to_yaml, training_manifests
+from insightedit.platform.kube import (
+    CONFIG_FOLDER,
+    QUEUE_LABEL,
+    WORK_FOLDER,
+    Manifest,
+    placed,
+    to_yaml,
+    training_manifests,
+)
+from insightedit.platform.trainer import StageResult
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.applications import gateway_application, single_version_table
 from insightedit.serve.client import edit_over_http
@@ -304,3 +316,24 @@ def test_serve_makes_an_editor_of_its_config(tmp_path: Path, monkeypatch: pytest
         answer = edit_over_http(url, png(picture()), "remove the red circle", seed=7)
         untyped_serve.shutdown()
     assert (answer.model_version, answer.seed) == ("1", 7)
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_just_the_pods_that_are_asked_for(tmp_path: Path) -> None:
+    """Nodes with the CPUs and labels of a RayJob's pods, and its entrypoint beside the head."""
+    preset = write_tiny_preset(tmp_path, steps=2)
+    config_map, job = training_manifests(load_preset(preset, ["kube.data.cpus=3", "kube.train.workers=2"]), "mine")
+    groups = groups_of(job["spec"]["rayClusterSpec"])
+    # One pod each: three CPUs, which is what preparing asks for at most, and two workers.
+    assert [group["replicas"] for group in groups.values()] == [1, 1]
+    cpus = {name: int(container_of(group)["resources"]["limits"]["cpu"]) for name, group in groups.items()}
+    (tmp_path / "run.yaml").write_text(config_map["data"]["run.yaml"])
+    command = shlex.split(job["spec"]["entrypoint"].replace(CONFIG_FOLDER, str(tmp_path)))
+    work = tmp_path / "work"
+    with ray_cluster(**cpus) as cluster:
+        environment = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}", "INSIGHTEDIT_WORKDIR": str(work)}
+        done = subprocess.run(
+            command, env=cluster.environment | environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert all(StageResult.read(work / "runs" / "mine" / f"stage-{number}") for number in (1, 2, 3))
