@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import full_size_step
 import pytest
 import tiny_models
 import torch
@@ -26,6 +27,7 @@ from insightedit.model.stages import STAGES, part_of
 from insightedit.platform import efficiency
 from insightedit.platform.averages import Averages, averages_name
 from insightedit.platform.cluster import connected
+from insightedit.platform.config import load_preset
 from insightedit.platform.efficiency import Efficiency, FlopMeter
 from insightedit.platform.engine import (
     StageLosses,
@@ -319,3 +321,17 @@ def test_figures_of_efficiency(monkeypatch: pytest.MonkeyPatch) -> None:
         "goodput": 0.75,
         "model_flops_utilisation": 0.15,
     }
+
+
+def test_the_full_size_step_is_timed_and_wants_a_gpu(
+    tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = load_preset(tiny_models.write_tiny_preset(tmp_path, steps=1))
+    rows = {one.name: one for one in full_size_step.stage_rows(small, 2, CPU, steps=2, peak=1e12, bandwidth=1e10)}
+    rate, flops = rows["stage_2_samples_per_second"], rows["stage_2_model_flops"].value
+    assert rate.n == 2
+    assert rows["stage_2_utilisation"].max == pytest.approx(flops * rate.max)
+    assert 0 < rows["stage_2_utilisation"].max < rows["stage_2_utilisation_at_the_roofline"].value <= 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="There is no GPU on this machine; run this where there is one"):
+        full_size_step.main([])
