@@ -81,7 +81,8 @@ class RayCluster:
         # A folder each, as machines have.
         folder = self.folder / f"n{len(self.nodes)}"
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
-        command += [f"--temp-dir={folder}", *arguments.split()]
+        # Jobs are started by the head's agent, which has a fixed port unless told otherwise: another Ray's may have it.
+        command += [f"--temp-dir={folder}", f"--dashboard-agent-listen-port={free_port()}", *arguments.split()]
         with (self.folder / f"{folder.name}.log").open("wb") as log:
             self.nodes.append(
                 subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)

@@ -208,7 +208,8 @@ def test_nano_trains_all_stages_on_three_nodes_and_registers_its_version(client:
 @pytest.mark.timeout(1800)
 def test_a_supervised_run_outlives_the_head(cluster: RayCluster, client: Client, tiny: Path) -> None:
     steps = [f"stages.{number}.{what}" for number in (1, 2, 3) for what in ("steps=60", "checkpoint_every=2")]
-    settings = [word for setting in steps for word in ("--set", setting)]
+    # Nano's shards, beside which these have other settings, lie in the work folder.
+    settings = [word for setting in (*steps, f"data.store={tiny.parent / 'shards'}") for word in ("--set", setting)]
     run = client.workdir / "runs" / "tough"
     supervisor = client.start("submit", tiny, "--name", "tough", *PLACES, *settings, "--supervise", "--json")
     until(lambda: supervisor.poll() is not None or any(run.glob("stage-1/checkpoints/*/COMMITTED")), 600)
