@@ -235,7 +235,7 @@ def machines() -> Iterator[Machines]:
 
 @pytest.mark.slow
 def test_four_workers_become_two_and_then_three(tmp_path: Path, machines: Machines) -> None:
-    stage = {"steps": 400, "checkpoint_every": 10, "log_every": 4}
+    stage = {"steps": 400, "checkpoint_every": 10, "log_every": 4, "ema_decay": 0.99}
     whole = elastic(tmp_path, "whole", (4, 4), stage)
     train_stages(whole)
     calm, seeds = tmp_path / "calm", tmp_path / "seeds"
@@ -257,6 +257,10 @@ def test_four_workers_become_two_and_then_three(tmp_path: Path, machines: Machin
     assert [point["step"] for point in same] == [point["step"] for point in other]
     for one, two in zip(same, other, strict=True):
         assert one["losses"] == pytest.approx(two["losses"], abs=TOLERANCE, rel=0)
+    # The averages too went from one number of workers to the other.
+    weights = stage_weights(disturbed, 1)
+    for name, value in stage_weights(whole, 1).items():
+        assert (value - weights[name]).abs().max() <= TOLERANCE, name
 
 
 def until(condition: Callable[[], bool]) -> None:
