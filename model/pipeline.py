@@ -26,6 +26,7 @@ from insightedit.model.configuration import SamplingConfig
 from insightedit.model.encoders import FrozenEncoders, encode_text, to_pixels
 from insightedit.model.mllm import MultimodalTokens, hidden_states
 from insightedit.model.prompts import PromptEncoder
+from insightedit.model.schedulers import make_scheduler
 from insightedit.model.unet import AttentionContext, InsightEditUNet
 
 _CONDITIONER_PARTS = (
@@ -294,6 +295,7 @@ class InsightEditPipeline(DiffusionPipeline):
         generators: Sequence[torch.Generator | None],
         eta: float = 0.0,
         image_branch_scale: float = 1.0,
+        scheduler: str | None = None,
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
     ) -> Tensor:
@@ -303,6 +305,7 @@ class InsightEditPipeline(DiffusionPipeline):
             conditions: of B edits.
             pixels: source images uint8 (B, 3, H, W) of the model's own size.
             generators: B, one for each edit's noise.
+            scheduler: one of `schedulers.SCHEDULERS` in place of the pipeline's own.
             latents: starting noise (B, 4, h, w) in place of the generators'.
 
         Returns:
@@ -311,16 +314,17 @@ class InsightEditPipeline(DiffusionPipeline):
         normal = pixels.to(self.unet.device, self.vae.dtype) / 127.5 - 1
         source = self.vae.encode(normal).latent_dist.mode().to(self.unet.dtype)
         drawn = torch.cat([_noise(source[:1], generator) for generator in generators]) if latents is None else latents
-        self.scheduler.set_timesteps(num_inference_steps, device=source.device)
-        current: Tensor = drawn * self.scheduler.init_noise_sigma
+        steps = self.scheduler if scheduler is None else make_scheduler(self.scheduler, scheduler)
+        steps.set_timesteps(num_inference_steps, device=source.device)
+        current: Tensor = drawn * steps.init_noise_sigma
         context, spatial, sources = self._branches(conditions, source, guidance, image_branch_scale)
         context = self.unet.project(context)
-        extra = _step_arguments(self.scheduler, eta, generators)
+        extra = _step_arguments(steps, eta, generators)
         progress: Any = self.progress_bar
-        for index, timestep in enumerate(progress(self.scheduler.timesteps)):
-            scaled = self.scheduler.scale_model_input(current, timestep).repeat(len(guidance.branches), 1, 1, 1)
+        for index, timestep in enumerate(progress(steps.timesteps)):
+            scaled = steps.scale_model_input(current, timestep).repeat(len(guidance.branches), 1, 1, 1)
             output = self.unet.denoise(torch.cat([scaled, sources], dim=1), timestep, context, spatial)
-            current = self.scheduler.step(guidance.combine(output), timestep, current, **extra).prev_sample
+            current = steps.step(guidance.combine(output), timestep, current, **extra).prev_sample
             if callback_on_step_end is not None:
                 current = callback_on_step_end(self, index, timestep, {"latents": current}).get("latents", current)
         return self.decode(current)
@@ -368,6 +372,7 @@ class InsightEditPipeline(DiffusionPipeline):
         *,
         conditions: EditConditions | None = None,
         image_branch_scale: float = 1.0,
+        scheduler: str | None = None,
         exact: bool = False,
     ) -> EditOutput | tuple[Any]:
         """Edit images.
@@ -388,10 +393,11 @@ class InsightEditPipeline(DiffusionPipeline):
             callback_on_step_end: as in diffusers: (pipeline, step, timestep, {"latents"}) -> {"latents"}.
             conditions: what `condition` gave, in place of `prompt`.
             image_branch_scale: weight of the image branch.
+            scheduler: one of `schedulers.SCHEDULERS` in place of the pipeline's own.
             exact: run every edit alone, in rows of one shape, on one thread: the same request, the same bits.
 
         Raises:
-            ValueError: image or instruction are missing, or their numbers do not fit.
+            ValueError: image or instruction are missing, their numbers do not fit, or there is no such scheduler.
         """
         images = self._checked(image, prompt, conditions)
         own = self.defaults
@@ -420,6 +426,7 @@ class InsightEditPipeline(DiffusionPipeline):
                     generators=[generators[row] for row in rows],
                     eta=eta,
                     image_branch_scale=image_branch_scale,
+                    scheduler=scheduler,
                     latents=None if latents is None else latents[rows],
                     callback_on_step_end=callback_on_step_end,
                 )

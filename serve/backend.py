@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from insightedit.serve.schema import ApiError
+from insightedit.serve.schema import ApiError, SchedulerName
 from insightedit.serve.uploads import Pixels
 
 MODEL_NAME = "insightedit"
@@ -17,7 +18,10 @@ MODEL_NAME = "insightedit"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditJob:
-    """One edit, whole: the same job gives the same image wherever and however often it is done."""
+    """One edit, whole: the same job gives the same image wherever and however often it is done.
+
+    What is None is the model version's own.
+    """
 
     prompt: str
     pixels: Pixels
@@ -26,6 +30,17 @@ class EditJob:
     guidance_scale: float | None = None
     image_guidance_scale: float | None = None
     negative_prompt: str | None = None
+    image_branch_scale: float | None = None
+    """Weight of the image branch; 1 where it is None."""
+    scheduler: SchedulerName | None = None
+    priority: int = 0
+    """Edits of a higher priority go first."""
+    partials: int = 0
+    """How many images of the edit in progress are handed out, spread evenly over its steps."""
+
+
+PartialTaker = Callable[[int, Pixels], Awaitable[None]]
+"""Takes a partial image: its index from 0, and the image at its source's size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,8 +143,13 @@ class Backend(Protocol):
         """What is served."""
         ...
 
-    async def edit(self, version: str, job: EditJob) -> EditOutcome:
-        """Do an edit.
+    async def edit(self, version: str, job: EditJob, on_partial: PartialTaker | None = None) -> EditOutcome:
+        """Do an edit. Whoever cancels the task that awaits it takes the edit out of the engine at its next step.
+
+        Args:
+            version: of the model, resolved.
+            job: the edit.
+            on_partial: takes up to `job.partials` images of the edit in progress, in order.
 
         Raises:
             ApiError: 400 for what the model refuses, 429 when every place is taken, 503 when nobody can do it.

@@ -66,6 +66,8 @@ class EditEngine:
             num_inference_steps=job.num_inference_steps,
             guidance_scale=job.guidance_scale,
             image_guidance_scale=job.image_guidance_scale,
+            image_branch_scale=1.0 if job.image_branch_scale is None else job.image_branch_scale,
+            scheduler=job.scheduler,
             generator=torch.Generator().manual_seed(job.seed),
             exact=self._exact,
             return_dict=False,

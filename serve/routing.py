@@ -17,6 +17,7 @@ from insightedit.serve.backend import (
     Edited,
     EditJob,
     EditOutcome,
+    PartialTaker,
     Refusal,
     VersionInfo,
     VersionTable,
@@ -45,8 +46,8 @@ class ReplicaBackend:
         self._limits = limits
         self._infos: dict[str, tuple[float, VersionInfo]] = {}
 
-    async def edit(self, version: str, job: EditJob) -> EditOutcome:
-        """Condition, then edit."""
+    async def edit(self, version: str, job: EditJob, on_partial: PartialTaker | None = None) -> EditOutcome:
+        """Condition, then edit. The editor hands out no partial images yet."""
         begun = time.perf_counter()
         conditions: Conditions | Refusal = await self._call(version, CONDITIONER, "condition", job)
         if isinstance(conditions, Refusal):

@@ -17,6 +17,8 @@ SEED_LIMIT = 2**32
 """Seeds are below this, so that every JSON reader keeps them whole."""
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+SchedulerName = Literal["ddim", "euler", "euler_a", "dpm++"]
+"""The ways to denoise that an edit may choose; `model.schedulers` builds them."""
 FiniteFloat = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from PIL import Image
 from torch import Tensor
@@ -29,8 +29,10 @@ from insightedit.model.pipeline import (
     load_editor,
     load_pipeline,
 )
+from insightedit.model.schedulers import SCHEDULERS, make_scheduler
 from insightedit.model.stages import STAGES, part_of
 from insightedit.model.unet import AttentionContext, DecoupledCrossAttention, InsightEditUNet
+from insightedit.serve.schema import SchedulerName
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +392,22 @@ def test_free_batching_stays_close(pipeline: Any) -> None:
         ["add a star", "remove it"], [picture(3), picture()], generator=generators, output_type="pt"
     ).images
     assert (together[1] - edit(pipeline)[0]).abs().max() <= 2 / 255
+
+
+def test_an_edit_may_choose_its_scheduler(pipeline: Any) -> None:
+    assert edit(pipeline, scheduler="ddim").equal(edit(pipeline))  # the tiny pipeline's own
+    results = [edit(pipeline, scheduler=name, num_inference_steps=4) for name in SCHEDULERS]
+    assert all(result.isfinite().all() for result in results)
+    assert not any(results[0].equal(other) for other in results[1:])
+    assert edit(pipeline).equal(edit(pipeline, scheduler=None))  # and the others have left nothing behind
+    with pytest.raises(ValueError, match="scheduler is 'fast'; use one of ddim, euler, euler_a, dpm"):
+        edit(pipeline, scheduler="fast")
+
+
+def test_no_scheduler_clips_latents() -> None:
+    own = EulerDiscreteScheduler()  # its config says nothing of clipping, and DDIM's default is to clip
+    assert make_scheduler(own, "ddim").config.clip_sample is False
+    assert set(get_args(SchedulerName)) == set(SCHEDULERS)
 
 
 @pytest.mark.parametrize(("text", "image"), [(7.5, 1.5), (7.5, 1.0), (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)])

@@ -11,14 +11,14 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from insightedit.serve.backend import EditJob, EditOutcome, VersionEntry, VersionInfo, VersionTable
+from insightedit.serve.backend import EditJob, EditOutcome, PartialTaker, VersionEntry, VersionInfo, VersionTable
 from insightedit.serve.gateway import EDIT_PATH, build_app
 from insightedit.serve.meters import Meters
 from insightedit.serve.schema import ApiError, overloaded
@@ -38,12 +38,14 @@ class InvertingBackend:
         self.failure: BaseException | None = None
         self.gate: threading.Event | None = None
 
-    async def edit(self, version: str, job: EditJob) -> EditOutcome:
+    async def edit(self, version: str, job: EditJob, on_partial: PartialTaker | None = None) -> EditOutcome:
         self.jobs.append(job)
         while self.gate is not None and not self.gate.is_set():
             await asyncio.sleep(0.01)
         if self.failure is not None:
             raise self.failure
+        for index in range(job.partials if on_partial is not None else 0):
+            await cast(PartialTaker, on_partial)(index, job.pixels)
         return EditOutcome(
             pixels=255 - job.pixels,
             steps=job.num_inference_steps or 12,
