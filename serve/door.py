@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -41,18 +42,40 @@ def check_access(workdir: Workdir, settings: ServeSettings) -> None:
     Raises:
         UsageError: anybody could use it, or nobody.
     """
-    if not needs_keys(settings):
-        if not is_loopback(settings.host):
-            raise UsageError(
-                f"The server would listen on {settings.host} without API keys; leave require_keys out, or listen on "
-                "127.0.0.1."
-            )
-        return
-    if not KeyStore(workdir).all():
+    check_keys_are_asked_for(settings)
+    if needs_keys(settings) and not KeyStore(workdir).all():
         raise UsageError(
             "The server would ask for API keys and there is none; make one with `insightedit serve keys create NAME`, "
             "or listen on 127.0.0.1."
         )
+
+
+def check_keys_are_asked_for(settings: ServeSettings) -> None:
+    """Look whether a server that others reach asks for keys.
+
+    Raises:
+        UsageError: anybody could use it.
+    """
+    if not is_loopback(settings.host) and not needs_keys(settings):
+        raise UsageError(
+            f"Others would reach the server at {settings.host} and require_keys is false; leave that out, or listen on "
+            "127.0.0.1."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may come in."""
+
+    ring: KeyRing | None
+    """The keys; None where none is needed."""
+    hosts: tuple[str, ...] = ()
+    """Names beside loopback's that a server without keys may be asked for by."""
+
+    @classmethod
+    def of(cls, settings: ServeSettings) -> Access:
+        """What the settings say, with the keys of the process' work folder."""
+        return cls(KeyRing(KeyStore(Workdir.open())) if needs_keys(settings) else None, settings.hosts)
 
 
 def caller_of(request: Request) -> Caller:
@@ -63,23 +86,18 @@ def caller_of(request: Request) -> Caller:
 class Door:
     """Asks for an API key; where none is needed, for an address that only programs of this machine use."""
 
-    def __init__(self, app: ASGIApp, ring: KeyRing | None, hosts: Iterable[str] = ()) -> None:
-        """Stand before an app.
-
-        Args:
-            app: what is behind the door.
-            ring: the keys; None where none is needed.
-            hosts: names beside loopback's that a server without keys is addressed by.
-        """
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        """Stand before an app."""
         self._app = app
-        self._ring = ring
-        self._hosts = frozenset(host.lower() for host in hosts)
+        self._ring = access.ring
+        self._hosts = frozenset(host.lower() for host in access.hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection.
 
         Raises:
-            ApiError: 401 without a key that counts, 403 for what a browser was made to send, 503 without a look at keys.
+            ApiError: 401 without a key that counts, 403 for what a browser was made to send, 503 if keys are not to be
+                had.
         """
         if scope["type"] == "http":
             scope.setdefault("state", {})["caller"] = self._let_in(scope["path"], Headers(scope=scope))

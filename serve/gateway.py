@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from insightedit.platform.datasets.shapes_edits import sample_edit
 from insightedit.platform.datasets.shapes_world import render
 from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, EditOutcome
+from insightedit.serve.door import Access, Door
 from insightedit.serve.meters import CONTENT_TYPE, Meters
 from insightedit.serve.schema import (
     SEED_LIMIT,
@@ -287,6 +289,8 @@ def _timing(outcome: EditOutcome, total: float) -> Timing:
 def error_answer(error: ApiError) -> JSONResponse:
     """An error as its sender reads it."""
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = 'Bearer realm="insightedit"'
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
@@ -318,6 +322,8 @@ class OuterLayer:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except ApiError as error:  # Of the door, which stands outside FastAPI's own handlers.
+            await error_answer(error)(scope, receive, send_with_headers)
         except ClientDisconnect:
             logger.info("request %s: the client left", request_id)
         except Exception:
@@ -359,7 +365,9 @@ def _add_health(app: FastAPI, service: EditService) -> None:
     route("/readyz", service.probe, "An edit of one step works; tried at most every half minute.")
 
 
-def build_app(backend: Backend, limits: Limits, meters: Meters, sets_request_id: bool = True) -> FastAPI:
+def build_app(
+    backend: Backend, limits: Limits, meters: Meters, sets_request_id: bool = True, access: Access | None = None
+) -> FastAPI:
     """The whole HTTP interface over some backend.
 
     Args:
@@ -367,14 +375,17 @@ def build_app(backend: Backend, limits: Limits, meters: Meters, sets_request_id:
         limits: what a request may ask for.
         meters: where to count.
         sets_request_id: whether to answer with `x-request-id`; Serve's own proxy does so already.
+        access: who may come in; anybody without it.
     """
     service = EditService(backend, limits, meters)
     # FastAPI's documentation pages load scripts from another host; /openapi.json stays.
     app = FastAPI(title="InsightEdit", docs_url=None, redoc_url=None)
+    if access is not None:
+        app.add_middleware(Door, access=access)
     app.add_middleware(OuterLayer, sets_request_id=sets_request_id)
     _add_error_handlers(app)
     _add_health(app, service)
-    errors = {status: {"model": ErrorResponse} for status in (400, 404, 413, 415, 429, 503, 504)}
+    errors = {status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 415, 429, 503, 504)}
 
     @app.post(
         EDIT_PATH,

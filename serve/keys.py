@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +75,7 @@ class Caller:
     """Who sends a request: the name of a key, or "" where keys are off, and what they may have."""
 
     name: str = ""
-    allowance: Allowance = Allowance()
+    allowance: Allowance = field(default_factory=Allowance)
 
 
 ANYBODY = Caller()
@@ -125,8 +125,8 @@ class KeyStore:
         """
         if not _NAME.fullmatch(name):
             raise UsageError(
-                f"The key's name {name!r} must be up to 64 letters, digits, '_', '-' and '.', and begin with one of the "
-                "first two."
+                f"The key's name {name!r} must be up to 64 letters, digits, '_', '-' and '.', and begin with one of "
+                "the first two."
             )
         if any(key.name == name for key in self.all()):
             raise UsageError(f"There is a key named {name}; take another name, or revoke that one first.")
