@@ -190,7 +190,7 @@ def test_a_server_for_others_needs_a_key(store: KeyStore, tmp_path: Path) -> Non
 # -- the commands -----------------------------------------------------------------------------------------------------
 
 
-def test_keys_on_the_command_line(insightedit, own_work_folder: Path) -> None:  # noqa: F811
+def test_keys_on_the_command_line(insightedit: Any, own_work_folder: Path) -> None:  # noqa: F811
     assert insightedit("serve", "keys", "list", "--json").json == []
     assert "serve keys create" in insightedit("serve", "keys", "list").err
     insightedit("serve", "keys", "create", "anna", "--dry-run")
