@@ -13,13 +13,34 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from insightedit.serve.keys import Caller
 from insightedit.serve.schema import ApiError, overloaded
 from insightedit.serve.settings import Limits
+
+TIMEOUT_HEADER = "x-request-timeout"
+
+
+def asked_seconds(headers: Mapping[str, str]) -> float | None:
+    """The time that a request's headers allow for it.
+
+    Raises:
+        ApiError: 400 for what is not a number of seconds.
+    """
+    text = headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        message = f"The header {TIMEOUT_HEADER} must be a number of seconds above 0."
+        raise ApiError(400, "invalid_value", message, TIMEOUT_HEADER)
+    return seconds
 
 
 @dataclass(eq=False, slots=True)
@@ -268,6 +289,8 @@ class _Buckets:
         if amount > level:
             self._levels[name] = level, now
             seconds = math.ceil((amount - level) * 60 / per_minute)
-            message = f"This API key's {name[1]} of {per_minute:g} a minute are used up; try again in {seconds} seconds."
+            message = (
+                f"This API key's {name[1]} of {per_minute:g} a minute are used up; try again in {seconds} seconds."
+            )
             raise ApiError(429, "rate_limit_exceeded", message, retry_after=seconds)
         self._levels[name] = level - amount, now

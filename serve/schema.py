@@ -83,6 +83,8 @@ class EditFields(BaseModel):
     image_guidance_scale: FiniteFloat | None = None
     """Weight of the source image."""
     negative_prompt: Annotated[str, Field(max_length=32000)] | None = None
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Seconds from the request's arrival after which it is given up with 504; the server's own limit holds as well."""
 
 
 # What OpenAI's interface has and this one does not honour, as opposed to a misspelt name.
