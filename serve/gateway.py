@@ -58,6 +58,10 @@ def error_answer(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
+HEAD_BYTES = 32_768
+"""Size of all headers of a request together."""
+
+
 class OuterLayer:
     """Around every answer: security headers, a request id, and an error object instead of a traceback."""
 
@@ -85,6 +89,7 @@ class OuterLayer:
             await send(message)
 
         try:
+            _check_head(scope)
             await self._app(scope, receive, send_with_headers)
         except ApiError as error:  # Of the door, which stands outside FastAPI's own handlers.
             await error_answer(error)(scope, receive, send_with_headers)
@@ -95,6 +100,13 @@ class OuterLayer:
             if not begun:
                 failure = ApiError(500, "internal_error", "The server failed at this request; its log says why.")
                 await error_answer(failure)(scope, receive, send_with_headers)
+
+
+def _check_head(scope: Scope) -> None:
+    """Refuse more headers than a client has use for."""
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > HEAD_BYTES:
+        message = f"The headers are larger than the {HEAD_BYTES} bytes allowed."
+        raise ApiError(431, "headers_too_large", message)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
