@@ -80,7 +80,7 @@ def up(
         aliases=version.aliases,
         folder=registry.fetch(version),
         port=_claimed_port(settings.host, port),
-        settings=settings,
+        settings=settings.model_copy(update={"log_folder": settings.log_folder or str(workdir.logs / "serve")}),
     )
     if dry_run:
         return ServeStatus(state="planned", url=plan.url, model_version=plan.version, aliases=plan.aliases)

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.keys import ANYBODY, Caller, KeyRing, KeyStore
+from insightedit.serve.meters import Meters
 from insightedit.serve.schema import ApiError
 from insightedit.serve.settings import ServeSettings
 
@@ -86,9 +87,10 @@ def caller_of(request: Request) -> Caller:
 class Door:
     """Asks for an API key; where none is needed, for an address that only programs of this machine use."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, meters: Meters) -> None:
         """Stand before an app."""
         self._app = app
+        self._meters = meters
         self._ring = access.ring
         self._hosts = frozenset(host.lower() for host in access.hosts)
 
@@ -100,7 +102,12 @@ class Door:
                 had.
         """
         if scope["type"] == "http":
-            scope.setdefault("state", {})["caller"] = self._let_in(scope["path"], Headers(scope=scope))
+            try:
+                caller = self._let_in(scope["path"], Headers(scope=scope))
+            except ApiError as error:
+                self._meters.rejected.labels(error.code).inc()
+                raise
+            scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)
 
     def _let_in(self, path: str, headers: Mapping[str, str]) -> Caller:

@@ -18,6 +18,7 @@ from insightedit.serve.admission import Admission, Ticket, asked_seconds
 from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, EditOutcome
 from insightedit.serve.door import caller_of
 from insightedit.serve.forms import EditRequest, read_edit_request
+from insightedit.serve.logs import log_edit
 from insightedit.serve.meters import Meters
 from insightedit.serve.schema import (
     SEED_LIMIT,
@@ -62,14 +63,18 @@ class EditService:
                 response = await self._edit(wanted, version, ticket, started)
         except ApiError as error:
             self.meters.rejected.labels(error.code).inc()
-            self.meters.requests.labels(error.status, version).inc()
+            self._count(request, version, error.status, started, error.code)
             raise
         except Exception:
-            self.meters.requests.labels(500, version).inc()
+            self._count(request, version, 500, started, "internal_error")
             raise
-        self.meters.requests.labels(200, version).inc()
+        self._count(request, version, 200, started)
         self.meters.duration.observe(time.perf_counter() - started)
         return JSONResponse(response.model_dump())
+
+    def _count(self, request: Request, version: str, status: int, started: float, code: str | None = None) -> None:
+        self.meters.requests.labels(status, version).inc()
+        log_edit(caller_of(request).name, version, status, time.perf_counter() - started, code)
 
     @contextmanager
     def _admitted(self, request: Request) -> Generator[Ticket]:

@@ -25,6 +25,7 @@ from insightedit.platform.datasets.shapes_world import render
 from insightedit.serve.backend import Backend
 from insightedit.serve.door import Access, Door
 from insightedit.serve.edits import EditService
+from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import CONTENT_TYPE, Meters
 from insightedit.serve.schema import (
     SEED_LIMIT,
@@ -36,7 +37,7 @@ from insightedit.serve.schema import (
 from insightedit.serve.settings import Limits
 from insightedit.serve.uploads import encode_image
 
-logger = logging.getLogger("insightedit.serve")
+logger = logging.getLogger(LOGGER)
 
 EDIT_PATH = "/v1/images/edits"
 PAGE = Path(__file__).parent / "page"
@@ -157,7 +158,7 @@ def build_app(
     # FastAPI's documentation pages load scripts from another host; /openapi.json stays.
     app = FastAPI(title="InsightEdit", docs_url=None, redoc_url=None)
     if access is not None:
-        app.add_middleware(Door, access=access)
+        app.add_middleware(Door, access=access, meters=meters)
     app.add_middleware(OuterLayer, sets_request_id=sets_request_id)
     _add_error_handlers(app)
     _add_health(app, service)

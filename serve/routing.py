@@ -24,11 +24,12 @@ from insightedit.serve.backend import (
 )
 from insightedit.serve.door import Access
 from insightedit.serve.gateway import build_app
+from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import Meters
 from insightedit.serve.schema import ApiError, overloaded
 from insightedit.serve.settings import Limits, ServeSettings
 
-logger = logging.getLogger("insightedit.serve")
+logger = logging.getLogger(LOGGER)
 serve: Any = ray_serve  # Its types are incomplete.
 
 CONDITIONER, EDITOR = "Conditioner", "Editor"

@@ -76,6 +76,8 @@ class ServeSettings(_Settings):
     """Exact mode: the same request gives the same bits, whoever else is served at the time."""
     startup_seconds: Seconds = 480.0
     """Time for the server to answer its first edit."""
+    log_folder: str | None = None
+    """Where replicas write their logs; in the work folder's `logs` for a server on this machine, else with Ray's."""
     limits: Limits = Limits()
     gateway: Scaling = Scaling(max_ongoing=64, target_ongoing=16, max_queued=64, cpus=0.1)
     conditioner: Scaling = Scaling()

@@ -22,6 +22,7 @@ from insightedit.platform.workdir import Workdir
 from insightedit.serve import keys
 from insightedit.serve.door import Access, Door, caller_of, check_access, is_loopback, needs_keys
 from insightedit.serve.keys import Allowance, KeyRing, KeyStore
+from insightedit.serve.meters import Meters
 from insightedit.serve.schema import ApiError
 from insightedit.serve.settings import ServeSettings
 
@@ -116,7 +117,7 @@ def client(ring: KeyRing | None, hosts: tuple[str, ...] = (), base_url: str = "h
         caller = caller_of(request)
         return {"name": caller.name, "priority": caller.allowance.priority}
 
-    return TestClient(Door(app, Access(ring, hosts)), base_url=base_url)
+    return TestClient(Door(app, Access(ring, hosts), Meters()), base_url=base_url)
 
 
 def refusal(client: TestClient, path: str, headers: dict[str, str]) -> tuple[int, str]:
