@@ -11,6 +11,7 @@ from ray.serve import Application
 from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.backend import VersionEntry, VersionTable
+from insightedit.serve.logs import logging_config
 from insightedit.serve.replicas import Conditioner, Editor
 from insightedit.serve.routing import CONDITIONER, EDITOR, Gateway
 from insightedit.serve.settings import Scaling, ServeSettings
@@ -43,6 +44,7 @@ def _options(name: str, scaling: Scaling, settings: ServeSettings) -> dict[str, 
         "backpressure_config": {"status_code": 429, "retry_after_s": limits.retry_after},
         # Longer than the longest edit: a replica that is taken away finishes what it has begun.
         "graceful_shutdown_timeout_s": limits.edit_seconds + 10,
+        "logging_config": logging_config(settings),
         "health_check_period_s": 5,
         "health_check_timeout_s": 15,
         # A new version's replicas start before the old ones stop, even where there is only one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import time
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -15,6 +16,8 @@ from insightedit.platform.workdir import Workdir
 from insightedit.serve.schema import ImagesResponse
 from insightedit.serve.state import read_state
 
+KEY_VARIABLE = "INSIGHTEDIT_API_KEY"
+"""Environment variable with the API key of the server; a key on the command line is seen by every process."""
 _RETRIED = frozenset({429, 502, 503})
 
 
@@ -62,6 +65,8 @@ def edit_over_http(
 ) -> ServedEdit:
     """Have an image edited by a server, trying again while it is overloaded or not to be reached.
 
+    A server that asks for an API key gets that of the environment's `INSIGHTEDIT_API_KEY`.
+
     Args:
         url: the server's, as in `http://127.0.0.1:8000`.
         image: a PNG, JPEG or WebP file, or its bytes.
@@ -94,7 +99,9 @@ def edit_over_http(
     }
     form = {name: str(value) for name, value in fields.items() if value is not None}
     begun = time.perf_counter()
-    response = _post(f"{url.rstrip('/')}/v1/images/edits", form, _contents(image), timeout, retries)
+    key = os.environ.get(KEY_VARIABLE)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    response = _post(f"{url.rstrip('/')}/v1/images/edits", form, _contents(image), headers, timeout, retries)
     if response.status_code != HTTPStatus.OK:
         raise _error(response)
     answer = ImagesResponse.model_validate_json(response.content)
@@ -120,7 +127,9 @@ def _contents(image: Path | bytes) -> bytes:
         raise UsageError(f"{image} cannot be read: {error.strerror}.") from None
 
 
-def _post(url: str, form: dict[str, str], image: bytes, timeout: float, retries: int) -> httpx.Response:
+def _post(
+    url: str, form: dict[str, str], image: bytes, headers: dict[str, str], timeout: float, retries: int
+) -> httpx.Response:
     # The name says nothing; the server looks at the bytes.
     files = {"image": ("image", image, "application/octet-stream")}
     with httpx.Client(timeout=httpx.Timeout(timeout, connect=5.0)) as client:
@@ -128,7 +137,7 @@ def _post(url: str, form: dict[str, str], image: bytes, timeout: float, retries:
             last = attempt == retries
             pause = min(0.5 * 2**attempt, 8.0)
             try:
-                response = client.post(url, data=form, files=files)
+                response = client.post(url, data=form, files=files, headers=headers)
                 if last or response.status_code not in _RETRIED:
                     return response
                 pause = float(response.headers.get("retry-after", pause))
@@ -150,5 +159,7 @@ def _error(response: httpx.Response) -> InsightEditError:
         message = response.text[:200]
     if response.status_code == HTTPStatus.NOT_FOUND:
         return NotFoundError(message)
+    if response.status_code == HTTPStatus.UNAUTHORIZED:
+        return UsageError(f"The server refused: {message} Put it into {KEY_VARIABLE}.")
     kind = UsageError if response.status_code < HTTPStatus.TOO_MANY_REQUESTS else InsightEditError
     return kind(f"The server answered {response.status_code}: {message}")

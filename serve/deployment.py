@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import Workdir
+from insightedit.serve.door import check_access
 from insightedit.serve.settings import ServeSettings
 from insightedit.serve.state import ServePlan, ServeState, clear_state, read_state
 
@@ -60,7 +61,7 @@ def up(
 
     Raises:
         NotFoundError: there is no such version, for example no champion yet.
-        UsageError: a server is up already, or the port is taken.
+        UsageError: a server is up already, the port is taken, or others would reach it and there is no API key.
         InsightEditError: the server does not come up; the message ends with its last log lines.
     """
     settings = settings or ServeSettings()
@@ -70,6 +71,7 @@ def up(
             f"A server of version {running.model_version} is up at {running.url}; "
             "stop it with `insightedit serve down` first."
         )
+    check_access(workdir, settings)
     registry = Registry(workdir)
     version = registry.resolve(reference)
     plan = ServePlan(
@@ -78,7 +80,7 @@ def up(
         aliases=version.aliases,
         folder=registry.fetch(version),
         port=_claimed_port(settings.host, port),
-        settings=settings,
+        settings=settings.model_copy(update={"log_folder": settings.log_folder or str(workdir.logs / "serve")}),
     )
     if dry_run:
         return ServeStatus(state="planned", url=plan.url, model_version=plan.version, aliases=plan.aliases)

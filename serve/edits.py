@@ -6,15 +6,19 @@ import asyncio
 import base64
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from insightedit.serve.admission import Admission, Ticket, asked_seconds
 from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, EditOutcome
+from insightedit.serve.door import caller_of
 from insightedit.serve.forms import EditRequest, read_edit_request
+from insightedit.serve.logs import log_edit
 from insightedit.serve.meters import Meters
 from insightedit.serve.schema import (
     SEED_LIMIT,
@@ -25,7 +29,6 @@ from insightedit.serve.schema import (
     InputTokens,
     Timing,
     Usage,
-    overloaded,
 )
 from insightedit.serve.settings import Limits
 from insightedit.serve.uploads import Pixels, decode_upload, encode_image
@@ -35,13 +38,13 @@ PROBE_SECONDS = 30.0
 
 
 class EditService:
-    """Answers edit requests, a bounded number at a time."""
+    """Answers edit requests: admitted, in fair turn, in time."""
 
     def __init__(self, backend: Backend, limits: Limits, meters: Meters) -> None:
         self.backend = backend
         self.limits = limits
         self.meters = meters
-        self._in_flight = 0
+        self.admission = Admission(limits)
         # A decoded image may be a hundred times its file: two at a time bound the memory.
         self._decoding = asyncio.Semaphore(2)
         self._probe = asyncio.Lock()
@@ -52,37 +55,40 @@ class EditService:
         started = time.perf_counter()
         version = ""
         try:
-            async with self._admitted():
-                wanted = await read_edit_request(request, self.limits)
+            with self._admitted(request) as ticket:
+                async with self.admission.reading(ticket):
+                    wanted = await read_edit_request(request, self.limits)
+                ticket.shorten(wanted.fields.timeout)
                 version = self.backend.table.resolve(wanted.fields.model)
-                response = await self._edit(wanted, version, started)
+                response = await self._edit(wanted, version, ticket, started)
         except ApiError as error:
             self.meters.rejected.labels(error.code).inc()
-            self.meters.requests.labels(error.status, version).inc()
+            self._count(request, version, error.status, started, error.code)
             raise
         except Exception:
-            self.meters.requests.labels(500, version).inc()
+            self._count(request, version, 500, started, "internal_error")
             raise
-        self.meters.requests.labels(200, version).inc()
+        self._count(request, version, 200, started)
         self.meters.duration.observe(time.perf_counter() - started)
         return JSONResponse(response.model_dump())
 
-    @asynccontextmanager
-    async def _admitted(self) -> AsyncGenerator[None]:
-        if self._in_flight >= self.limits.in_flight:
-            raise overloaded(self.limits)
-        self._in_flight += 1
-        self.meters.in_flight.inc()
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-            self.meters.in_flight.dec()
+    def _count(self, request: Request, version: str, status: int, started: float, code: str | None = None) -> None:
+        self.meters.requests.labels(status, version).inc()
+        log_edit(caller_of(request).name, version, status, time.perf_counter() - started, code)
 
-    async def _edit(self, wanted: EditRequest, version: str, started: float) -> ImagesResponse:
+    @contextmanager
+    def _admitted(self, request: Request) -> Generator[Ticket]:
+        with self.admission.admitted(caller_of(request)) as ticket, self.meters.in_flight.track_inprogress():
+            ticket.shorten(asked_seconds(request.headers))
+            yield ticket
+
+    async def _edit(self, wanted: EditRequest, version: str, ticket: Ticket, started: float) -> ImagesResponse:
         fields = wanted.fields
         async with self._decoding:
             pixels = await asyncio.to_thread(decode_upload, wanted.upload, self.limits)
+        steps = await self._steps(fields, version)
+        height, width = pixels.shape[:2]
+        self.admission.charge(ticket.caller, width * height, steps, fields.n)
         # Fixed before the first dispatch, so that a retry gives the same image.
         seed = secrets.randbelow(SEED_LIMIT) if fields.seed is None else fields.seed
         job = EditJob(
@@ -93,8 +99,9 @@ class EditService:
             guidance_scale=fields.guidance_scale,
             image_guidance_scale=fields.image_guidance_scale,
             negative_prompt=fields.negative_prompt,
+            priority=ticket.caller.allowance.priority,
         )
-        outcome = await self._dispatch(version, job)
+        outcome = await self._edit_in_turn(version, job, ticket, width * height * steps)
         self.meters.queue.observe(outcome.queue_seconds)
         self.meters.step.observe(outcome.edit_seconds / outcome.steps)
         height, width = outcome.pixels.shape[:2]
@@ -110,12 +117,29 @@ class EditService:
             timing=_timing(outcome, time.perf_counter() - started),
         )
 
-    async def _dispatch(self, version: str, job: EditJob) -> EditOutcome:
+    async def _steps(self, fields: EditFields, version: str) -> int:
+        """Steps of an edit; as many as there may be where the version is not there to say how many are its own."""
+        if fields.num_inference_steps is not None:
+            return fields.num_inference_steps
+        try:
+            return (await self.backend.describe(version)).num_inference_steps
+        except ApiError:
+            return self.limits.steps
+
+    async def _edit_in_turn(self, version: str, job: EditJob, ticket: Ticket, cost: float) -> EditOutcome:
+        """One image, when it is the ticket's turn and before its deadline."""
+        begun = time.perf_counter()
+        async with ticket.in_time(), self.admission.place(ticket, cost):
+            waited = time.perf_counter() - begun
+            outcome = await self.backend.edit(version, job)
+        return replace(outcome, queue_seconds=outcome.queue_seconds + waited)
+
+    async def _probe_edit(self, version: str, job: EditJob) -> None:
         try:
             async with asyncio.timeout(self.limits.edit_seconds):
-                return await self.backend.edit(version, job)
+                await self.backend.edit(version, job)
         except TimeoutError:
-            message = f"The edit took longer than {self.limits.edit_seconds:g} seconds; try again or use fewer steps."
+            message = f"An edit of one step took longer than {self.limits.edit_seconds:g} seconds."
             raise ApiError(504, "timeout", message) from None
 
     async def check(self) -> None:
@@ -154,7 +178,7 @@ class EditService:
             pixels = np.full((32, 32, 3), 128, np.uint8)
             for version in self.backend.table.versions:
                 job = EditJob(prompt="leave it as it is", pixels=pixels, seed=0, num_inference_steps=1)
-                await self._dispatch(version, job)
+                await self._probe_edit(version, job)
             self._probed = time.monotonic()
 
 

@@ -7,6 +7,7 @@ import base64
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from insightedit.platform.datasets.shapes_edits import sample_edit
 from insightedit.platform.datasets.shapes_world import render
 from insightedit.serve.backend import Backend
+from insightedit.serve.door import Access, Door
 from insightedit.serve.edits import EditService
+from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import CONTENT_TYPE, Meters
 from insightedit.serve.schema import (
     SEED_LIMIT,
@@ -34,7 +37,7 @@ from insightedit.serve.schema import (
 from insightedit.serve.settings import Limits
 from insightedit.serve.uploads import encode_image
 
-logger = logging.getLogger("insightedit.serve")
+logger = logging.getLogger(LOGGER)
 
 EDIT_PATH = "/v1/images/edits"
 PAGE = Path(__file__).parent / "page"
@@ -51,7 +54,13 @@ SECURITY_HEADERS = {
 def error_answer(error: ApiError) -> JSONResponse:
     """An error as its sender reads it."""
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = 'Bearer realm="insightedit"'
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+HEAD_BYTES = 32_768
+"""Size of all headers of a request together."""
 
 
 class OuterLayer:
@@ -81,7 +90,10 @@ class OuterLayer:
             await send(message)
 
         try:
+            _check_head(scope)
             await self._app(scope, receive, send_with_headers)
+        except ApiError as error:  # Of the door, which stands outside FastAPI's own handlers.
+            await error_answer(error)(scope, receive, send_with_headers)
         except ClientDisconnect:
             logger.info("request %s: the client left", request_id)
         except Exception:
@@ -89,6 +101,13 @@ class OuterLayer:
             if not begun:
                 failure = ApiError(500, "internal_error", "The server failed at this request; its log says why.")
                 await error_answer(failure)(scope, receive, send_with_headers)
+
+
+def _check_head(scope: Scope) -> None:
+    """Refuse more headers than a client has use for."""
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > HEAD_BYTES:
+        message = f"The headers are larger than the {HEAD_BYTES} bytes allowed."
+        raise ApiError(431, "headers_too_large", message)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -123,7 +142,9 @@ def _add_health(app: FastAPI, service: EditService) -> None:
     route("/readyz", service.probe, "An edit of one step works; tried at most every half minute.")
 
 
-def build_app(backend: Backend, limits: Limits, meters: Meters, sets_request_id: bool = True) -> FastAPI:
+def build_app(
+    backend: Backend, limits: Limits, meters: Meters, sets_request_id: bool = True, access: Access | None = None
+) -> FastAPI:
     """The whole HTTP interface over some backend.
 
     Args:
@@ -131,14 +152,17 @@ def build_app(backend: Backend, limits: Limits, meters: Meters, sets_request_id:
         limits: what a request may ask for.
         meters: where to count.
         sets_request_id: whether to answer with `x-request-id`; Serve's own proxy does so already.
+        access: who may come in; anybody without it.
     """
     service = EditService(backend, limits, meters)
     # FastAPI's documentation pages load scripts from another host; /openapi.json stays.
     app = FastAPI(title="InsightEdit", docs_url=None, redoc_url=None)
+    if access is not None:
+        app.add_middleware(Door, access=access, meters=meters)
     app.add_middleware(OuterLayer, sets_request_id=sets_request_id)
     _add_error_handlers(app)
     _add_health(app, service)
-    errors = {status: {"model": ErrorResponse} for status in (400, 404, 413, 415, 429, 503, 504)}
+    errors = {status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 415, 429, 503, 504)}
 
     @app.post(
         EDIT_PATH,

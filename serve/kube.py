@@ -16,10 +16,14 @@ from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import Workdir
 from insightedit.serve import applications
 from insightedit.serve.applications import GATEWAY_APPLICATION, single_version_table, version_application_name
+from insightedit.serve.door import check_keys_are_asked_for
 from insightedit.serve.settings import Scaling, ServeSettings
 
 PORT = 8000
 """Where KubeRay's service `NAME-serve-svc` looks for Serve's proxies."""
+
+ALL_ADDRESSES = "0.0.0.0"  # noqa: S104
+"""Of the pod: that of the service is one of them. Callers must show API keys, as the pods' network is everybody's."""
 
 
 def serving_manifest(
@@ -35,9 +39,11 @@ def serving_manifest(
         settings: limits and scaling.
 
     Raises:
-        UsageError: Kubernetes cannot take the name, or a pod cannot hold what it has to.
+        UsageError: Kubernetes cannot take the name, a pod cannot hold what it has to, or no keys are asked for.
     """
-    config = serve_config(version, aliases, placed(settings))
+    opened = settings.model_copy(update={"host": ALL_ADDRESSES})
+    check_keys_are_asked_for(opened)
+    config = serve_config(version, aliases, placed(opened))
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
@@ -68,9 +74,8 @@ def serve_config(version: str, aliases: tuple[str, ...], settings: ServeSettings
     table = single_version_table(version, aliases).model_dump(mode="json")
     return {
         "proxy_location": "EveryNode",
-        # All addresses of the pod: that of the service is one of them.
         "http_options": {
-            "host": "0.0.0.0",  # noqa: S104
+            "host": settings.host,
             "port": PORT,
             "request_timeout_s": settings.limits.edit_seconds + 15,
         },

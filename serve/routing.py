@@ -22,12 +22,14 @@ from insightedit.serve.backend import (
     VersionInfo,
     VersionTable,
 )
+from insightedit.serve.door import Access
 from insightedit.serve.gateway import build_app
+from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import Meters
 from insightedit.serve.schema import ApiError, overloaded
 from insightedit.serve.settings import Limits, ServeSettings
 
-logger = logging.getLogger("insightedit.serve")
+logger = logging.getLogger(LOGGER)
 serve: Any = ray_serve  # Its types are incomplete.
 
 CONDITIONER, EDITOR = "Conditioner", "Editor"
@@ -112,7 +114,9 @@ class Gateway:
             settings: a `ServeSettings` as plain data.
             table: the first `VersionTable`, as plain data.
         """
-        self._limits = ServeSettings.model_validate(settings).limits
+        own = ServeSettings.model_validate(settings)
+        self._limits = own.limits
+        self._access = Access.of(own)
         self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits)
 
     def reconfigure(self, table: dict[str, Any]) -> None:
@@ -121,4 +125,4 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve puts behind the route."""
-        return build_app(self._backend, self._limits, Meters(), sets_request_id=False)
+        return build_app(self._backend, self._limits, Meters(), sets_request_id=False, access=self._access)

@@ -6,6 +6,7 @@ Every field is either honoured or refused by name. Nothing a caller sends is dro
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -83,11 +84,16 @@ class EditFields(BaseModel):
     image_guidance_scale: FiniteFloat | None = None
     """Weight of the source image."""
     negative_prompt: Annotated[str, Field(max_length=32000)] | None = None
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Seconds from the request's arrival after which it is given up with 504; the server's own limit holds as well."""
 
 
 # What OpenAI's interface has and this one does not honour, as opposed to a misspelt name.
 _OPENAI_ONLY = frozenset({"mask", "input_fidelity", "user", "moderation"})
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def parse_fields(values: Mapping[str, str], limits: Limits) -> EditFields:
@@ -100,7 +106,11 @@ def parse_fields(values: Mapping[str, str], limits: Limits) -> EditFields:
         fields = EditFields.model_validate(dict(values))
     except ValidationError as error:
         raise _field_error(error) from None
-    if not fields.prompt.strip():
+    for name in ("prompt", "negative_prompt"):
+        if _CONTROL.search(getattr(fields, name) or ""):
+            raise ApiError(400, "invalid_value", f"{name} has control characters in it; take them out.", name)
+    # Joiners and other characters of no width are no instruction either.
+    if not any(char.isprintable() and not char.isspace() for char in fields.prompt):
         raise ApiError(400, "invalid_value", "prompt is empty; say what to change in the image.", "prompt")
     for name in ("prompt", "negative_prompt"):
         if len(getattr(fields, name) or "") > limits.prompt_chars:

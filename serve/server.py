@@ -20,7 +20,7 @@ import psutil
 import ray as untyped_ray
 from ray import serve as untyped_serve
 
-from insightedit.platform.workdir import Workdir
+from insightedit.platform.workdir import ENVIRONMENT_VARIABLE, Workdir
 from insightedit.serve.applications import (
     GATEWAY_APPLICATION,
     gateway_application,
@@ -39,13 +39,15 @@ LOGICAL_CPUS = 8
 
 
 @contextmanager
-def local_cluster(folder: Path) -> Generator[None]:
+def local_cluster(workdir: Workdir, folder: Path) -> Generator[None]:
     """A Ray of our own on this machine, gone at the end.
 
     Args:
-        folder: where the processes keep their figures.
+        workdir: where the processes find what the work folder holds, such as API keys.
+        folder: where they keep their figures.
     """
     variables = {
+        ENVIRONMENT_VARIABLE: str(workdir.root),
         FOLDER_VARIABLE: str(folder),
         "HF_HUB_OFFLINE": "1",  # Weights come from the version's folder alone.
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -102,7 +104,7 @@ def main(plan_file: str) -> None:
     )
     write_state(workdir, state)
     try:
-        with tempfile.TemporaryDirectory(prefix="insightedit-serve-") as folder, local_cluster(Path(folder)):
+        with tempfile.TemporaryDirectory(prefix="insightedit-serve-") as folder, local_cluster(workdir, Path(folder)):
             # Not before: Ray puts handlers of its own in place.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, stop)

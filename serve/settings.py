@@ -29,12 +29,18 @@ class Limits(_Settings):
     """Length of an instruction, and of a negative prompt, in characters."""
     steps: Count = 200
     """Denoising steps of one edit."""
+    budget: Count = 2_000_000_000
+    """Pixels x steps x images that one request may ask for."""
     in_flight: Count = 16
-    """Edits that one gateway replica works on or keeps waiting; beyond them it answers 429."""
+    """Edit requests that one gateway replica works on or keeps waiting; beyond them it answers 429."""
+    places: Count = 8
+    """Images that one gateway replica has edited at a time; whose turn is next when one is free is settled fairly."""
     retry_after: Count = 2
     """Seconds that a refused client is asked to wait."""
     edit_seconds: Seconds = 120.0
-    """Time for one edit, waiting and retries included. Replicas get longer than this to drain."""
+    """Time for one request, waiting and retries included. Replicas get longer than this to drain."""
+    body_seconds: Seconds = 30.0
+    """Time for a request's body to come."""
     attempts: Count = 6
     """Dispatches of one piece of work, counting those to replicas that died under it."""
 
@@ -61,11 +67,17 @@ class ServeSettings(_Settings):
     """Everything `insightedit serve up` can be told beside the model version and the port."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. There is no authentication, so leave it on loopback."""
+    """Address to listen on. Wherever others reach it, they must show API keys."""
+    require_keys: bool | None = None
+    """Whether callers must show an API key; by default only where `host` is not a loopback address."""
+    hosts: tuple[str, ...] = ()
+    """Names beside loopback's by which a server without keys may be asked for, as behind a proxy of your own."""
     exact: bool = True
     """Exact mode: the same request gives the same bits, whoever else is served at the time."""
     startup_seconds: Seconds = 480.0
     """Time for the server to answer its first edit."""
+    log_folder: str | None = None
+    """Where replicas write their logs; in the work folder's `logs` for a server on this machine, else with Ray's."""
     limits: Limits = Limits()
     gateway: Scaling = Scaling(max_ongoing=64, target_ongoing=16, max_queued=64, cpus=0.1)
     conditioner: Scaling = Scaling()

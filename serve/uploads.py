@@ -16,6 +16,10 @@ Pixels = NDArray[np.uint8]
 
 MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
+_SCAN = b"\xff\xda"
+MOST_SCANS = 100
+"""Scans of a JPEG; a progressive one has about ten. Each of them is worked through the whole image."""
+
 
 def decode_upload(data: bytes, limits: Limits) -> Pixels:
     """Decode the first frame of a PNG, JPEG or WebP file as RGB, upright, on white where it is transparent.
@@ -29,6 +33,8 @@ def decode_upload(data: bytes, limits: Limits) -> Pixels:
     """
     if not data:
         raise ApiError(400, "invalid_image", "image is empty.", "image")
+    if data.startswith(b"\xff\xd8") and data.count(_SCAN) > MOST_SCANS:
+        raise ApiError(400, "invalid_image", f"image is a JPEG of more than {MOST_SCANS} scans.", "image")
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
     except Image.DecompressionBombError:

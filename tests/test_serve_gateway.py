@@ -177,6 +177,9 @@ def test_neutral_openai_fields_are_honoured(client: TestClient) -> None:
         ("prompt", "x" * 301),
         ("prompt", "x" * 40_000),
         ("negative_prompt", "x" * 301),
+        ("timeout", "0"),
+        ("timeout", "inf"),
+        ("timeout", "soon"),
     ],
 )
 def test_wrong_fields_are_named(client: TestClient, backend: InvertingBackend, field: str, value: str) -> None:
@@ -365,6 +368,33 @@ def test_an_edit_that_takes_too_long_is_given_up(backend: InvertingBackend) -> N
     limits = LIMITS.model_copy(update={"edit_seconds": 0.1})
     with TestClient(build_app(backend, limits, Meters())) as client:
         refused(post(client), 504, None)
+
+
+@pytest.mark.parametrize(("header", "field"), [(None, "0.1"), ("0.1", None), ("0.1", "60"), ("60", "0.1")])
+def test_a_request_may_say_how_long_it_waits(
+    client: TestClient, backend: InvertingBackend, header: str | None, field: str | None
+) -> None:
+    backend.gate = threading.Event()
+    data = {"prompt": "x", **({"timeout": field} if field else {})}
+    headers = {"x-request-timeout": header} if header else {}
+    response = client.post(EDIT_PATH, data=data, files={"image": ("a", encoded(picture()))}, headers=headers)
+    assert "longer than 0.1 seconds" in refused(response, 504, None)
+
+
+@pytest.mark.parametrize("header", ["", "soon", "0", "-1", "nan", "inf"])
+def test_a_wrong_timeout_is_named(client: TestClient, header: str) -> None:
+    files = {"image": ("a", encoded(picture()))}
+    response = client.post(EDIT_PATH, data={"prompt": "x"}, files=files, headers={"x-request-timeout": header})
+    refused(response, 400, "x-request-timeout")
+
+
+def test_more_than_the_budget_is_refused_before_it_is_edited(backend: InvertingBackend) -> None:
+    limits = LIMITS.model_copy(update={"budget": 32 * 32 * 12})
+    with TestClient(build_app(backend, limits, Meters())) as client:
+        assert "1024 pixels x 13 steps" in refused(post(client, num_inference_steps="13"), 400, None)
+        assert backend.jobs == []
+        assert post(client).status_code == 200  # The version's own 12.
+        assert "1056 pixels x 12 steps" in refused(post(client, encoded(picture(33, 32))), 400, None)
 
 
 def test_metrics_count_by_code_and_version(client: TestClient) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_cluster
+from insightedit import __version__, cli_cluster, cli_keys
 from insightedit.console import (
     Group,
     Session,
@@ -513,6 +513,9 @@ def _said(done: Promotion) -> str:
 @cli.group()
 def serve() -> None:
     """The server that edits images online."""
+
+
+serve.add_command(cli_keys.keys)
 
 
 def _show_server(status: Any) -> Iterable[str]:

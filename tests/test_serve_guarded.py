@@ -1,0 +1,124 @@
+"""A real server that asks for API keys: who comes in, what it writes down, and hostile requests through its proxy."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from hostile_inputs import corpus, status_of
+from test_serve_ray import PROMPT, Served, picture, png, register_champion
+
+from insightedit.platform.errors import UsageError
+from insightedit.platform.workdir import Workdir
+from insightedit.serve.client import KEY_VARIABLE, edit_over_http
+from insightedit.serve.deployment import down, up
+from insightedit.serve.keys import Allowance, KeyStore
+from insightedit.serve.settings import Limits, ServeSettings
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("guarded")
+    workdir = Workdir.open(folder / "work")
+    version_folder = register_champion(workdir, folder)
+    KeyStore(workdir).create("first", Allowance())
+    settings = ServeSettings(require_keys=True, limits=Limits(body_seconds=1))
+    yield Served(workdir, up(workdir, port=0, settings=settings), version_folder)
+    down(workdir)
+
+
+def ask(served: Served, key: str | None, request_id: str = "", **fields: str) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    if request_id:
+        headers["x-request-id"] = request_id
+    url = f"{served.status.url}/v1/images/edits"
+    data = {"prompt": PROMPT, "num_inference_steps": "2", **fields}
+    return httpx.post(url, data=data, files={"image": ("a", png(picture()))}, headers=headers, timeout=60)
+
+
+def eventually(served: Served, key: str, status: int) -> httpx.Response:
+    """The answer once the gateways have noticed a change of the keys."""
+    for _ in range(50):
+        response = ask(served, key)
+        if response.status_code == status:
+            break
+        time.sleep(0.1)
+    assert response.status_code == status, response.text
+    return response
+
+
+def test_keys_come_and_go_while_the_server_runs(guarded: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = ask(guarded, None)
+    assert (refused.status_code, refused.headers["www-authenticate"]) == (401, 'Bearer realm="insightedit"')
+    assert refused.json()["error"]["code"] == "missing_api_key"
+    assert httpx.get(f"{guarded.status.url}/").status_code == 200
+    store = KeyStore(guarded.workdir)
+    key, _ = store.create("anna", Allowance(budget_per_minute=16 * 16 * 20))
+    eventually(guarded, key, 200)
+    assert "budget" in ask(guarded, key, num_inference_steps="21").json()["error"]["message"]
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    assert edit_over_http(str(guarded.status.url), png(picture()), PROMPT, num_inference_steps=2).image
+    store.revoke("anna")
+    assert eventually(guarded, key, 401).json()["error"]["code"] == "invalid_api_key"
+    with pytest.raises(UsageError, match=KEY_VARIABLE):
+        edit_over_http(str(guarded.status.url), png(picture()), PROMPT)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What all replicas have written down."""
+    files = sorted(folder.glob("*.log"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_a_request_is_found_in_every_log_and_its_prompt_in_none(guarded: Served) -> None:
+    key, _ = KeyStore(guarded.workdir).create("logged", Allowance())
+    eventually(guarded, key, 200)
+    assert ask(guarded, key, "mine-7").status_code == 200
+    folder = guarded.workdir.logs / "serve"
+    for _ in range(50):
+        found = [line for line in lines(folder) if line.get("request_id") == "mine-7"]
+        if {line.get("deployment") for line in found} >= {"Gateway", "Conditioner", "Editor"}:
+            break
+        time.sleep(0.1)
+    assert {line["deployment"] for line in found} == {"Gateway", "Conditioner", "Editor"}
+    (told,) = [line for line in found if line["message"] == "edit"]
+    assert (told["api_key"], told["status"], told["model_version"]) == ("logged", 200, "1")
+    everything = "".join(file.read_text() for file in guarded.workdir.logs.rglob("*") if file.is_file())
+    assert PROMPT not in everything
+    assert key not in everything
+
+
+def resident(served: Served) -> int:
+    """Bytes that the server's processes hold together."""
+    server = psutil.Process(served.status.pid)
+    total = 0
+    for process in [server, *server.children(recursive=True)]:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def test_hostile_requests_through_the_proxy(guarded: Served) -> None:
+    key, _ = KeyStore(guarded.workdir).create("hostile", Allowance())
+    eventually(guarded, key, 200)
+    url = httpx.URL(str(guarded.status.url))
+    address = (url.host, url.port or 80)
+    before = resident(guarded)
+    answers: dict[str, int] = {}
+    for name, case in corpus().items():
+        wire = case.wire().replace(b"\r\nhost: ", f"\r\nauthorization: Bearer {key}\r\nhost: ".encode(), 1)
+        answers[name] = status_of(address, wire)
+    wrong = {name: status for name, status in answers.items() if not 400 <= status < 500}
+    assert not wrong
+    assert (resident(guarded) - before) / 2**20 < 200
+    assert ask(guarded, key).status_code == 200
