@@ -16,6 +16,8 @@ from insightedit.platform.errors import ClusterError
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 _OWN_ERROR = re.compile(r"^insightedit\.\S+Error: (.+)$", re.MULTILINE)
+# Of Ray's text, which is a page long and ends with advice for those who run Ray.
+_SHORT_OF_MEMORY = re.compile(r"low on memory. Memory on the node \(IP: ([^,)]+).*?\) was (\S+) used / (\S+) limit")
 MIN_LOGICAL_CPUS = 8
 """What a local Ray counts at least: two workers and their data stream on a machine of two CPUs would leave none to run
 the data tasks on, and training would wait forever."""
@@ -52,6 +54,11 @@ def cause_of(error: BaseException) -> str:
     # Ray Data raises some errors from one that says nothing.
     while (inner := getattr(error, "cause", None) or error.__cause__) and str(inner):
         error = inner
+    if short := _SHORT_OF_MEMORY.search(str(error)):
+        return (
+            f"machine {short[1]} ran out of memory ({short[2]} of {short[3]} were in use), and Ray ended a process of"
+            " the run; leave it more memory, or let it take less (`insightedit train CONFIG --dry-run` says how much)."
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import toy_training as toy
 from mlflow import MlflowClient
+from ray.exceptions import OutOfMemoryError
 from ray.train.v2.api.preemption import PreemptionInfo
 from test_training import plan
 
 from insightedit.platform import surveillance
-from insightedit.platform.cluster import connected
+from insightedit.platform.cluster import cause_of, connected
 from insightedit.platform.journals import read_entries
 from insightedit.platform.manifests import sha256_file
 from insightedit.platform.mixtures import step_positions
@@ -163,3 +164,13 @@ def test_a_step_is_tracked_once(tmp_path: Path) -> None:
         *((step, 1.0) for step in range(5)),
         *((step, 2.0) for step in range(5, 8)),
     ]
+
+
+def test_a_machine_without_memory_is_named() -> None:
+    # The beginning and the end of what Ray 2.60 says.
+    error = OutOfMemoryError(
+        "2 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: ce1a) was"
+        " 22.84GB used / 23.54GB limit (0.970263)\nOOM kill reason: ...\n\nRefer to the documentation on how to address"
+        " the out of memory issue: https://docs.ray.io/"
+    )
+    assert cause_of(error).startswith("machine 10.0.0.7 ran out of memory (22.84GB of 23.54GB were in use), and ")
