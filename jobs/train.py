@@ -14,7 +14,7 @@ import torch
 from insightedit.jobs.prepare import PreparedDataset, prepare
 from insightedit.jobs.prepare import Progress as PrepareProgress
 from insightedit.model.insightedit import InsightEditModel, build_pipeline
-from insightedit.platform.capacity import wait_for_room
+from insightedit.platform.capacity import needs_of, wait_for_room
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import RunConfig
 from insightedit.platform.editing import EditingTask
@@ -109,7 +109,7 @@ def train(
     clock = _Clock()
     with claimed(workdir.runs / name, config.fingerprint(max(config.stages))) as lease:
         with connected():
-            wait_for_room(config)
+            wait_for_room(needs_of(config))
             datasets = prepare(config, workdir, progress=watchers.prepare)
             clock.lap("prepare")
             plan = replace(training_plan(config, workdir, name, numbers, datasets), lease=lease)

@@ -28,7 +28,7 @@ _POLL_SECONDS = 1.0
 
 
 class NoRoomError(UsageError):
-    """The cluster, with the nodes it has, is too small for the run."""
+    """The cluster, with the nodes it has, is too small for the job."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,13 +92,17 @@ def needs_of(config: RunConfig) -> list[list[Need]]:
     return [[reading, encoding], [training, streaming]] if ahead else [[reading], [training, streaming, encoding]]
 
 
-def check_room(config: RunConfig, nodes: Sequence[Nodes]) -> None:
-    """Check that a run can fit.
+def check_room(phases: Sequence[Sequence[Need]], nodes: Sequence[Nodes]) -> None:
+    """Check that a job can fit.
+
+    Args:
+        phases: what it needs at the same time, for each of its phases.
+        nodes: of the cluster.
 
     Raises:
         NoRoomError: it never will; the sentence says what there is.
     """
-    for phase in needs_of(config):
+    for phase in phases:
         _check_each(phase, nodes)
         _check_all(phase, nodes)
 
@@ -106,7 +110,7 @@ def check_room(config: RunConfig, nodes: Sequence[Nodes]) -> None:
 def _check_each(phase: Sequence[Need], nodes: Sequence[Nodes]) -> None:
     for need in phase:
         if (fits := need.fitting(nodes)) < need.count:
-            raise NoRoomError(f"The cluster has no room: {need}, and {fits} fit; lower that with --set, or add nodes.")
+            raise NoRoomError(f"The cluster has no room: {need}, and {fits} fit; lower that, or add nodes.")
 
 
 def _check_all(phase: Sequence[Need], nodes: Sequence[Nodes]) -> None:
@@ -120,15 +124,15 @@ def _check_all(phase: Sequence[Need], nodes: Sequence[Nodes]) -> None:
         if amount > there + 1e-6:
             raise NoRoomError(
                 f"The cluster has no room: {'; '.join(map(str, phase))}; together {amount:g} {name}, and the nodes have"
-                f" {there:g}; lower that with --set, or add nodes."
+                f" {there:g}; lower that, or add nodes."
             )
 
 
-def wait_for_room(config: RunConfig, seconds: float = NODES_SECONDS) -> None:
-    """Check that a run can fit into the cluster that this process is connected to.
+def wait_for_room(phases: Sequence[Sequence[Need]], seconds: float = NODES_SECONDS) -> None:
+    """Check that a job can fit into the cluster that this process is connected to.
 
     Args:
-        config: of the run.
+        phases: what it needs at the same time, for each of its phases.
         seconds: how long nodes that are not there yet are waited for, as they come one after the other. A Ray that this
             process has started itself has all it will ever have.
 
@@ -138,7 +142,7 @@ def wait_for_room(config: RunConfig, seconds: float = NODES_SECONDS) -> None:
     deadline = time.monotonic() + (0 if _is_own() else seconds)
     while (nodes := nodes_here()) is not None:
         try:
-            check_room(config, nodes)
+            check_room(phases, nodes)
         except NoRoomError:
             if time.monotonic() > deadline:
                 raise

@@ -51,7 +51,8 @@ def cause_of(error: BaseException) -> str:
     # Ray carries tracebacks as text; an error of ours stands there with its whole name.
     if own := _OWN_ERROR.findall(str(error)):
         return own[-1]
-    while inner := getattr(error, "cause", None) or error.__cause__:
+    # Ray Data raises some errors from one that says nothing.
+    while (inner := getattr(error, "cause", None) or error.__cause__) and str(inner):
         error = inner
     if short := _SHORT_OF_MEMORY.search(str(error)):
         return (

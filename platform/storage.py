@@ -80,8 +80,15 @@ class Store:
         place, question, query = self.uri.partition("?")
         return Store(f"{place.rstrip('/')}/{name}{question}{query}")
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a file.
+    def parent(self) -> tuple[Store, str]:
+        """The folder around this one, and what this one is called there."""
+        place, question, query = self.uri.partition("?")
+        folder, _, name = place.rstrip("/").rpartition("/")
+        return Store(f"{folder or '/'}{question}{query}"), name
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Generator[Any]:
+        """A file to read from anywhere in it.
 
         Raises:
             NotFoundError: there is none.
@@ -89,6 +96,16 @@ class Store:
         """
         system, root = _opened(self.uri)
         with self._failing(name), system.open_input_file(f"{root}/{name}") as file:
+            yield file
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            NotFoundError: there is none.
+            InsightEditError: the storage failed.
+        """
+        with self.open(name) as file:
             return bytes(file.read())
 
     def write(self, name: str, data: bytes | memoryview) -> None:
@@ -148,6 +165,12 @@ class Store:
         for name in names:
             with self._failing(name), contextlib.suppress(FileNotFoundError):
                 system.delete_file(f"{root}/{name}")
+
+    def remove_torn(self) -> None:
+        """Delete what writers left that were killed while they wrote; an object store has nothing of the kind."""
+        if self.path is not None:
+            for path in self.path.rglob(f"{_TEMPORARY}*"):
+                path.unlink(missing_ok=True)
 
     def delete(self) -> None:
         """Delete the folder and all in it; nothing happens where there is none."""

@@ -22,7 +22,7 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from insightedit.platform.capacity import Nodes, NoRoomError, check_room, is_fixed
+from insightedit.platform.capacity import Nodes, NoRoomError, check_room, is_fixed, needs_of
 from insightedit.platform.config import RunConfig, dump_config
 from insightedit.platform.errors import ClusterError, GateRefusedError, InsightEditError, NotFoundError, UsageError
 from insightedit.platform.leases import JOB_VARIABLE, is_owned, owner_of
@@ -252,7 +252,7 @@ def submit(jobs: Jobs, submission: Submission, *, dry_run: bool = False) -> str 
     check_name(jobs, submission, before)
     nodes = jobs.nodes()
     if nodes is not None:
-        check_room(submission.config, nodes)
+        check_room(needs_of(submission.config), nodes)
     return None if dry_run else jobs.start(submission, _next_try(before))
 
 
@@ -346,7 +346,7 @@ def _resubmit(jobs: Jobs, submission: Submission, fixed: bool) -> str:
     if nodes is None and fixed:
         raise ClusterError(f"The cluster at {jobs.place} has not counted its nodes yet; wait a moment.")
     if nodes is not None:
-        check_room(submission.config, nodes)
+        check_room(needs_of(submission.config), nodes)
     return jobs.start(submission, _next_try(jobs.of(submission.run)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from insightedit.platform.capacity import Nodes, NoRoomError, check_room, is_fixed
+from insightedit.platform.capacity import Nodes, NoRoomError, check_room, is_fixed, needs_of
 from insightedit.platform.config import load_preset
 
 DATA, TRAIN = Nodes(resources={"CPU": 3}, labels={"group": "data"}), Nodes(resources={"CPU": 5}, labels={"group": "t"})
@@ -25,7 +25,7 @@ PLACED = ("workers.place.group=t", "data.place.group=data")
     ],
 )
 def test_what_fits_is_let_through(settings: tuple[str, ...], nodes: list[Nodes]) -> None:
-    check_room(load_preset("nano", settings), nodes)
+    check_room(needs_of(load_preset("nano", settings)), nodes)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_what_fits_is_let_through(settings: tuple[str, ...], nodes: list[Nodes])
 )
 def test_what_never_fits_is_refused(settings: tuple[str, ...], nodes: list[Nodes], said: str) -> None:
     with pytest.raises(NoRoomError, match=said):
-        check_room(load_preset("nano", settings), nodes)
+        check_room(needs_of(load_preset("nano", settings)), nodes)
 
 
 @pytest.mark.parametrize(

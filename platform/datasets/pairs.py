@@ -268,9 +268,9 @@ def _roles(options: PairsOptions, name: str, columns: Sequence[str]) -> dict[Rol
     """
     found: dict[Role, str] = {}
     there = f"its columns are {', '.join(columns)}"
-    for role, known in _KNOWN.items():
+    for role in _KNOWN:
         wanted: str | None = getattr(options, role)
-        column = wanted if wanted in columns else _well_known(columns, known)
+        column = wanted if wanted in columns else known_column(columns, role)
         if wanted is not None and wanted not in columns:
             raise UsageError(f"{name} has no column {wanted!r}; {there}: set the option {role} to one of them.")
         if column is not None:
@@ -280,14 +280,14 @@ def _roles(options: PairsOptions, name: str, columns: Sequence[str]) -> dict[Rol
     return found
 
 
-def _well_known(columns: Sequence[str], known: Sequence[str]) -> str | None:
-    """The column that has the first of the known names."""
+def known_column(columns: Sequence[str], role: Role) -> str | None:
+    """The column that has the first of a role's well-known names; None where none has."""
     plain: dict[str, str] = {}
     for column in columns:
         name = column.lower()
         ending = next((ending for ending in _ENDINGS if name.endswith(ending)), "")
         plain.setdefault(name.removesuffix(ending), column)
-    return next((plain[name] for name in known if name in plain), None)
+    return next((plain[name] for name in _KNOWN[role] if name in plain), None)
 
 
 def _rows(root: Path, part: Part) -> Iterator[Row | BadRow]:

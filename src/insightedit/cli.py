@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_cluster, cli_keys
+from insightedit import __version__, cli_batch, cli_cluster, cli_keys
 from insightedit.console import (
     Group,
     Session,
@@ -668,6 +668,9 @@ def edit(image: Path, instruction: str, out: Path, server: str | None, as_json: 
     seconds = round(time.perf_counter() - begun, 3)
     result = Edited(out=out, sha256=digest, model_version=version, seed=seed, seconds=seconds)
     emit(result, as_json, lambda: [f"{out}: edited by version {version} with seed {seed} in {seconds:.1f} s"])
+
+
+cli.add_command(cli_batch.batch_edit)
 
 
 def _edit_here(
