@@ -19,6 +19,8 @@ from insightedit.serve.settings import Scaling, ServeSettings
 serve: Any = ray_serve  # Its types are incomplete.
 
 GATEWAY_APPLICATION = "insightedit-gateway"
+METRICS_SECONDS = 0.5
+"""How often callers tell Serve's controller what they have in hand. Serve's own 10 seconds are most of a scale-up."""
 
 
 def version_application_name(version: str) -> str:
@@ -35,9 +37,14 @@ def _options(name: str, scaling: Scaling, settings: ServeSettings) -> dict[str, 
         "autoscaling_config": {
             "min_replicas": scaling.min_replicas,
             "max_replicas": scaling.max_replicas,
+            # Also where it may be 0 later: `serve up` ends when an edit has worked.
+            "initial_replicas": max(scaling.min_replicas, 1),
             "target_ongoing_requests": scaling.target_ongoing,
-            "upscale_delay_s": 5,
-            "downscale_delay_s": 120,
+            "metrics_interval_s": METRICS_SECONDS,
+            "look_back_period_s": scaling.look_back_seconds,
+            "upscale_delay_s": scaling.upscale_seconds,
+            "downscale_delay_s": scaling.downscale_seconds,
+            "downscale_to_zero_delay_s": scaling.sleep_seconds,
         },
         "max_ongoing_requests": scaling.max_ongoing,
         "max_queued_requests": scaling.max_queued,
@@ -69,9 +76,9 @@ def gateway_application(table: VersionTable, settings: ServeSettings) -> Applica
     return gateway.bind(settings.model_dump(mode="json"), rows)
 
 
-def single_version_table(version: str, aliases: tuple[str, ...]) -> VersionTable:
+def single_version_table(version: str, aliases: tuple[str, ...], sleeps: bool = False) -> VersionTable:
     """A table of one version, which every edit gets."""
-    entry = VersionEntry(application=version_application_name(version), aliases=aliases)
+    entry = VersionEntry(application=version_application_name(version), aliases=aliases, sleeps=sleeps)
     return VersionTable(default=version, versions={version: entry})
 
 

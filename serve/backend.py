@@ -105,6 +105,8 @@ class VersionEntry(BaseModel):
     application: str
     """The Serve application that holds its conditioner and editor."""
     aliases: tuple[str, ...] = ()
+    sleeps: bool = False
+    """Whether its replicas may all be gone until the next edit: then nobody asks them how they are."""
 
 
 class VersionTable(BaseModel):

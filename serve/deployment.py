@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.door import check_access
+from insightedit.serve.fleet import FleetStatus
+from insightedit.serve.ingress import check_haproxy, haproxy_variables
 from insightedit.serve.settings import ServeSettings
 from insightedit.serve.state import ServePlan, ServeState, clear_state, read_state
 
@@ -40,6 +43,8 @@ class ServeStatus(BaseModel):
     aliases: tuple[str, ...] = ()
     pid: int | None = None
     log: Path | None = None
+    fleet: FleetStatus | None = None
+    """Replicas and queues, where the server answers."""
 
 
 def up(
@@ -72,6 +77,8 @@ def up(
             "stop it with `insightedit serve down` first."
         )
     check_access(workdir, settings)
+    if settings.haproxy:
+        check_haproxy()
     registry = Registry(workdir)
     version = registry.resolve(reference)
     plan = ServePlan(
@@ -92,7 +99,15 @@ def status(workdir: Workdir) -> ServeStatus:
     state = read_state(workdir)
     if state is None:
         return ServeStatus(state="down")
-    return _status(state, ready=state.state == "up" and _answers(f"{state.url}/healthz", 15))
+    ready = state.state == "up" and _answers(f"{state.url}/healthz", 15)
+    return _status(state, ready=ready).model_copy(update={"fleet": _fleet(state.url) if ready else None})
+
+
+def _fleet(url: str) -> FleetStatus | None:
+    try:
+        return FleetStatus.model_validate_json(httpx.get(f"{url}/v1/status", timeout=15).raise_for_status().content)
+    except httpx.HTTPError:
+        return None
 
 
 def down(workdir: Workdir) -> ServeStatus:
@@ -155,7 +170,12 @@ def _start(workdir: Workdir, plan: ServePlan) -> ServeStatus:
     command = [sys.executable, "-m", "insightedit.serve.server", str(plan_file)]
     with log.open("wb") as output:
         server = subprocess.Popen(  # noqa: S603  (our own module and a file we have just written)
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, **(haproxy_variables() if plan.settings.haproxy else {})},
         )
     deadline = time.monotonic() + plan.settings.startup_seconds
     try:

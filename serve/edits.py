@@ -49,6 +49,7 @@ class EditService:
         self._decoding = asyncio.Semaphore(2)
         self._probe = asyncio.Lock()
         self._probed = float("-inf")
+        self._proven: set[str] = set()
 
     async def answer(self, request: Request) -> Response:
         """Answer one `POST /v1/images/edits`."""
@@ -148,7 +149,9 @@ class EditService:
         Raises:
             ApiError: they do not.
         """
-        await asyncio.gather(*(self.backend.describe(version) for version in self.backend.table.versions))
+        # Asking a version that sleeps would wake it.
+        asked = [version for version, entry in self.backend.table.versions.items() if not entry.sleeps]
+        await asyncio.gather(*(self.backend.describe(version) for version in asked))
 
     async def models(self) -> dict[str, object]:
         """The versions served, in the shape of OpenAI's list of models, with each one's defaults."""
@@ -176,9 +179,12 @@ class EditService:
             if time.monotonic() - self._probed < PROBE_SECONDS:
                 return
             pixels = np.full((32, 32, 3), 128, np.uint8)
-            for version in self.backend.table.versions:
+            for version, entry in self.backend.table.versions.items():
+                if entry.sleeps and version in self._proven:
+                    continue  # Another edit would keep it awake.
                 job = EditJob(prompt="leave it as it is", pixels=pixels, seed=0, num_inference_steps=1)
                 await self._probe_edit(version, job)
+                self._proven.add(version)
             self._probed = time.monotonic()
 
 

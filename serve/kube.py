@@ -17,6 +17,7 @@ from insightedit.platform.workdir import Workdir
 from insightedit.serve import applications
 from insightedit.serve.applications import GATEWAY_APPLICATION, single_version_table, version_application_name
 from insightedit.serve.door import check_keys_are_asked_for
+from insightedit.serve.ingress import HAPROXY_ENABLED
 from insightedit.serve.settings import Scaling, ServeSettings
 
 PORT = 8000
@@ -44,6 +45,8 @@ def serving_manifest(
     opened = settings.model_copy(update={"host": ALL_ADDRESSES})
     check_keys_are_asked_for(opened)
     config = serve_config(version, aliases, placed(opened))
+    if settings.haproxy:
+        kube = kube.model_copy(update={"environment": {**kube.environment, HAPROXY_ENABLED: "1"}})
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
@@ -71,7 +74,7 @@ def resolved(workdir: Workdir, reference: str) -> tuple[str, tuple[str, ...]]:
 def serve_config(version: str, aliases: tuple[str, ...], settings: ServeSettings) -> dict[str, Any]:
     """The same applications as `serve up` starts, as Serve's own config."""
     plain = settings.model_dump(mode="json")
-    table = single_version_table(version, aliases).model_dump(mode="json")
+    table = single_version_table(version, aliases, settings.sleeps).model_dump(mode="json")
     return {
         "proxy_location": "EveryNode",
         "http_options": {

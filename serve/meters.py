@@ -7,9 +7,11 @@ answers with the sum, so that it does not matter which gateway replica is asked 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import psutil
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -42,14 +44,45 @@ class Meters:
             multiprocess_mode="livesum",
             registry=self._registry,
         )
+        self.in_hand = Gauge(
+            "insightedit_edit_in_hand",
+            "Calls to conditioners and editors that have not been answered.",
+            ["model_version", "deployment"],
+            multiprocess_mode="livesum",
+            registry=self._registry,
+        )
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(f"insightedit_edit_{name}_seconds", text, buckets=_BUCKETS, registry=self._registry)
 
     def render(self) -> bytes:
         """Every figure as text."""
-        if FOLDER_VARIABLE not in os.environ:
-            return generate_latest(self._registry)
+        return generate_latest(self._all_processes())
+
+    def calls_in_hand(self) -> dict[tuple[str, str], int]:
+        """Unanswered calls by model version and deployment; the gateway's own requests under no version."""
+        calls: dict[tuple[str, str], int] = {}
+        for metric in self._all_processes().collect():
+            for sample in metric.samples:
+                if sample.name == "insightedit_edit_in_hand":
+                    calls[sample.labels["model_version"], sample.labels["deployment"]] = int(sample.value)
+                elif sample.name == "insightedit_edit_in_flight":
+                    calls["", "Gateway"] = int(sample.value)
+        return calls
+
+    def _all_processes(self) -> CollectorRegistry:
+        folder = os.environ.get(FOLDER_VARIABLE)
+        if folder is None:
+            return self._registry
+        _forget_the_dead(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
-        return generate_latest(registry)
+        return registry
+
+
+def _forget_the_dead(folder: Path) -> None:
+    """What a killed process had in hand is nobody's any more; what it counted stays."""
+    for file in folder.glob("gauge_live*_*.db"):
+        pid = int(file.stem.rpartition("_")[2])
+        if not psutil.pid_exists(pid):
+            mark_process_dead(pid, str(folder))

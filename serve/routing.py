@@ -9,6 +9,7 @@ from typing import Any
 
 from ray import serve as ray_serve
 from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]  (the dashboard's own way)
 from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
 from starlette.types import ASGIApp
 
@@ -23,6 +24,7 @@ from insightedit.serve.backend import (
     VersionTable,
 )
 from insightedit.serve.door import Access
+from insightedit.serve.fleet import FleetStatus, fleet_status
 from insightedit.serve.gateway import build_app
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import Meters
@@ -43,9 +45,10 @@ _LOST = (RayActorError, ObjectLostError, ReplicaUnavailableError)
 class ReplicaBackend:
     """Edits by the Serve applications of a version table."""
 
-    def __init__(self, table: VersionTable, limits: Limits) -> None:
+    def __init__(self, table: VersionTable, limits: Limits, meters: Meters) -> None:
         self.table = table
         self._limits = limits
+        self._meters = meters
         self._infos: dict[str, tuple[float, VersionInfo]] = {}
 
     async def edit(self, version: str, job: EditJob, on_partial: PartialTaker | None = None) -> EditOutcome:
@@ -70,9 +73,12 @@ class ReplicaBackend:
         )
 
     async def describe(self, version: str) -> VersionInfo:
-        """Ask the editor, which asks the conditioner; an edit that has just worked is answer enough."""
+        """Ask the editor, which asks the conditioner; an edit that has just worked is answer enough.
+
+        A version that may sleep is asked once: asking again would keep it awake.
+        """
         when, known = self._infos.get(version, (float("-inf"), None))
-        if known is not None and time.monotonic() - when < ANSWER_SECONDS:
+        if known is not None and (self.table.versions[version].sleeps or time.monotonic() - when < ANSWER_SECONDS):
             return known
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
@@ -87,6 +93,10 @@ class ReplicaBackend:
         return serve.get_deployment_handle(deployment, app_name=self.table.versions[version].application)
 
     async def _call(self, version: str, deployment: str, method: str, *arguments: object) -> Any:
+        with self._meters.in_hand.labels(version, deployment).track_inprogress():
+            return await self._call_until_answered(version, deployment, method, *arguments)
+
+    async def _call_until_answered(self, version: str, deployment: str, method: str, *arguments: object) -> Any:
         """One call to some replica, done again where the replica dies under it."""
         for attempt in range(1, self._limits.attempts + 1):
             try:
@@ -117,7 +127,8 @@ class Gateway:
         own = ServeSettings.model_validate(settings)
         self._limits = own.limits
         self._access = Access.of(own)
-        self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits)
+        self._meters = Meters()
+        self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits, self._meters)
 
     def reconfigure(self, table: dict[str, Any]) -> None:
         """Take another version table, as plain data."""
@@ -125,4 +136,20 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve puts behind the route."""
-        return build_app(self._backend, self._limits, Meters(), sets_request_id=False, access=self._access)
+        app = build_app(
+            self._backend, self._limits, self._meters, sets_request_id=False, access=self._access
+        )
+        app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
+        return app
+
+    async def _status(self) -> FleetStatus:
+        details, calls = await asyncio.gather(
+            asyncio.to_thread(_serve_details), asyncio.to_thread(self._meters.calls_in_hand)
+        )
+        return fleet_status(details, self._backend.table, calls)
+
+
+def _serve_details() -> dict[str, Any]:
+    """What Serve's controller knows. `serve.status` has less of it: not how many replicas are wanted."""
+    client: Any = _get_global_client()
+    return client.get_serve_details()

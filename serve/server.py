@@ -28,6 +28,7 @@ from insightedit.serve.applications import (
     version_application,
     version_application_name,
 )
+from insightedit.serve.ingress import remove_haproxy_files
 from insightedit.serve.meters import FOLDER_VARIABLE
 from insightedit.serve.state import ServePlan, ServeState, clear_state, write_state
 
@@ -68,7 +69,7 @@ def deploy(plan: ServePlan) -> None:
     # The gateway gives an edit up first, and says so properly.
     options = {"host": settings.host, "port": plan.port, "request_timeout_s": settings.limits.edit_seconds + 15}
     serve.start(proxy_location="HeadOnly", http_options=options)
-    table = single_version_table(plan.version, plan.aliases)
+    table = single_version_table(plan.version, plan.aliases, settings.sleeps)
     serve.run_many(
         [
             serve.RunTarget(
@@ -113,6 +114,7 @@ def main(plan_file: str) -> None:
             stopped.wait()
     finally:
         clear_state(workdir)
+        remove_haproxy_files()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from insightedit.platform.errors import NotFoundError, UsageError
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -48,10 +53,19 @@ class Limits(_Settings):
 class Scaling(_Settings):
     """How many replicas one deployment has, and what each takes."""
 
-    min_replicas: Count = 1
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    """With 0 the last replica goes when nothing has come for `sleep_seconds`; the next request waits for another."""
     max_replicas: Count = 2
     target_ongoing: Annotated[float, Field(gt=0)] = 2.0
     """Requests in hand for each replica, above which Serve adds a replica."""
+    look_back_seconds: Annotated[float, Field(ge=1)] = 2.0
+    """What the requests in hand are averaged over before they are compared with `target_ongoing`."""
+    upscale_seconds: Annotated[float, Field(ge=0)] = 1.0
+    """How long too many must be in hand before replicas are added."""
+    downscale_seconds: Annotated[float, Field(ge=0)] = 120.0
+    """How long too few must be in hand before a replica is taken away."""
+    sleep_seconds: Annotated[float, Field(ge=0)] = 300.0
+    """How long nothing must come before the last replica goes, where `min_replicas` is 0."""
     max_ongoing: Count = 4
     """Requests that one replica takes before the next ones wait at the caller."""
     max_queued: Count = 16
@@ -61,6 +75,12 @@ class Scaling(_Settings):
     gpus: Annotated[float, Field(ge=0)] = 0.0
     place: dict[str, str] = {}
     """Labels of the nodes that replicas may run on, as in Ray's label selectors: `{group: serve}`."""
+
+    @model_validator(mode="after")
+    def _least_and_most(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is less than min_replicas {self.min_replicas}")
+        return self
 
 
 class ServeSettings(_Settings):
@@ -78,7 +98,69 @@ class ServeSettings(_Settings):
     """Time for the server to answer its first edit."""
     log_folder: str | None = None
     """Where replicas write their logs; in the work folder's `logs` for a server on this machine, else with Ray's."""
+    haproxy: bool = False
+    """Let HAProxy carry requests to the gateways instead of Serve's own proxy."""
     limits: Limits = Limits()
     gateway: Scaling = Scaling(max_ongoing=64, target_ongoing=16, max_queued=64, cpus=0.1)
     conditioner: Scaling = Scaling()
     editor: Scaling = Scaling()
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether a version's replicas may all be gone until the next request."""
+        return 0 in (self.conditioner.min_replicas, self.editor.min_replicas)
+
+    @model_validator(mode="after")
+    def _somebody_answers(self) -> Self:
+        if self.gateway.min_replicas == 0:
+            raise ValueError("gateway.min_replicas must be 1 or more, since the gateway is what wakes the others")
+        return self
+
+
+def read_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSettings:
+    """Settings from a YAML file, with `section.key=value` laid over them.
+
+    Args:
+        path: of a mapping of what differs from the defaults; None for none.
+        overrides: as given to `--set`.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UsageError: a setting is unknown or wrong, and which.
+    """
+    content = _read_mapping(path) if path else {}
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        *sections, last = name.split(".")
+        if not separator or not last:
+            raise UsageError(f"--set {override} is not of the form section.key=value.")
+        place = content
+        for section in sections:
+            below = place.setdefault(section, {})
+            if not isinstance(below, dict):
+                raise UsageError(f"--set {override}: {section} is a value, not a section.")
+            place = cast(dict[str, Any], below)
+        place[last] = yaml.safe_load(text)
+    defaults = ServeSettings().model_dump()
+    for key, value in content.items():
+        below = defaults.get(key)
+        defaults[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
+    try:
+        return ServeSettings.model_validate(defaults)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the whole"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{path or '--set'}: {field} is wrong for the server: {message}.") from None
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no config {path}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must be a mapping of settings, such as `editor: {{max_replicas: 4}}`.")
+    return cast(dict[str, Any], content)

@@ -525,6 +525,11 @@ def _show_server(status: Any) -> Iterable[str]:
     yield f"{status.state}: {status.url} serves version {status.model_version} ({', '.join(status.aliases) or '-'})"
     if status.state == "up":
         yield f"{'answers' if status.ready else 'does not answer'}; process {status.pid}, log {status.log}"
+    for one in status.fleet.deployments if status.fleet else ():
+        replicas = f"{one.running} running, {one.starting} starting, {one.wanted} wanted"
+        bounds = f"{one.min_replicas} to {one.max_replicas}"
+        version = f" of version {one.version}" if one.version else ""
+        yield f"  {one.name}{version}: {replicas} ({bounds}); {one.ongoing} in hand, {one.queued} waiting"
 
 
 @serve.command("up")
@@ -532,25 +537,32 @@ def _show_server(status: Any) -> Iterable[str]:
 @click.option("--model", default="champion", show_default=True, metavar="VERSION", help="A number or an alias.")
 @set_option
 @click.option("--kube", is_flag=True, help="Start nothing; write a KubeRay RayService for `kubectl apply`.")
-@click.option("--config", metavar="CONFIG", help="With --kube: whose `kube` section is used.  [default: nano]")
+@click.option("--config", metavar="CONFIG", help="YAML of settings; with --kube, whose `kube` section is used.")
 @click.option("--name", help="With --kube: of the RayService.  [default: insightedit]")
 @click.option("--out", type=click.Path(path_type=Path), help="With --kube: file to write; stdout without it.")
 @dry_run_option
 @json_option
 def serve_up(
-    port: int, model: str, overrides: tuple[str, ...], kube: bool, dry_run: bool, as_json: bool, **kube_options: Any
+    port: int,
+    model: str,
+    overrides: tuple[str, ...],
+    kube: bool,
+    config: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **kube_options: Any,
 ) -> None:
     """Start a server that goes on after this command, ready when it returns."""
     if kube:
         if port != 8000:
             raise UsageError("--port is for a server on this machine; a RayService's answers at port 8000.")
-        emit_manifests([_ray_service(model, overrides, **kube_options)], kube_options["out"], as_json, dry_run)
+        emit_manifests([_ray_service(model, overrides, config, **kube_options)], kube_options["out"], as_json, dry_run)
         return
     if idle := [name for name, value in kube_options.items() if value is not None]:
         raise UsageError(f"--{idle[0]} is for a RayService; add --kube or leave it out.")
     from insightedit.serve import deployment
 
-    settings = _serve_settings(overrides)
+    settings = _serve_settings(overrides, config)
     if not dry_run:
         click.echo("Starting the server ...", err=True)
     status = deployment.up(open_workdir(), model, port, settings, dry_run=dry_run)
@@ -558,7 +570,7 @@ def serve_up(
 
 
 def _ray_service(
-    model: str, overrides: Sequence[str], *, config: str | None, name: str | None, **_: Any
+    model: str, overrides: Sequence[str], config: str | None, *, name: str | None, **_: Any
 ) -> dict[str, Any]:
     """A model version as a RayService; `--set kube...` changes the config, any other the server's settings."""
     from insightedit.platform.config import load_preset
@@ -571,33 +583,11 @@ def _ray_service(
     return serving_manifest(kube, name or "insightedit", version, aliases, settings)
 
 
-def _serve_settings(overrides: Sequence[str]) -> Any:
-    """The server's settings with `section.key=value` laid over them."""
-    import yaml
-    from pydantic import ValidationError
+def _serve_settings(overrides: Sequence[str], config: str | None = None) -> Any:
+    """The server's settings: those of a YAML file, with `section.key=value` laid over them."""
+    from insightedit.serve.settings import read_settings
 
-    from insightedit.serve.settings import ServeSettings
-
-    content: dict[str, Any] = {}
-    for override in overrides:
-        name, separator, text = override.partition("=")
-        *sections, last = name.split(".")
-        if not separator or not last:
-            raise UsageError(f"--set {override} is not of the form section.key=value.")
-        place = content
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = yaml.safe_load(text)
-    defaults = ServeSettings().model_dump()
-    for key, value in content.items():
-        below = defaults.get(key)
-        defaults[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
-    try:
-        return ServeSettings.model_validate(defaults)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UsageError(f"--set {field} is wrong for the server: {first['msg']}.") from None
+    return read_settings(Path(config) if config else None, overrides)
 
 
 @serve.command("status")
