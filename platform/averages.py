@@ -86,8 +86,10 @@ class Averages:
         parameters = {name: x for name, x in trained_parameters(self._model).items() if name in averages}
         own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         _fill(parameters, averages)
-        yield
-        _fill(parameters, own)
+        try:
+            yield
+        finally:
+            _fill(parameters, own)
 
     def _length(self, parameter: nn.Parameter) -> int:
         """Values of a whole share; those of the last ranks may be shorter."""
