@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -83,6 +83,27 @@ class Scaling(_Settings):
         return self
 
 
+class EngineSettings(_Settings):
+    """How edits are denoised. In exact mode only `max_batch` and `cache_bytes` may differ from what they are here."""
+
+    max_batch: Count = 8
+    """Edits that take their steps together, or in turn in exact mode; further ones wait, the highest priority first."""
+    cache_bytes: Annotated[int, Field(ge=0)] = 2**28
+    """Memory for the conditions of earlier edits, and as much for their source latents: an edit of the same image and
+    instruction, or of the same image, does not compute them again."""
+    threads: Count = 1
+    """Threads of the CPU that a step may use."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = False
+    """Keep the channels of a pixel side by side in memory: faster convolutions in bfloat16, and on GPUs."""
+    compile: bool = False
+    """Compile the UNet's blocks with torch.compile: each batch of another shape waits for its compilation once."""
+    deep_every: Count = 1
+    """Run the whole UNet every so many steps, and in between its last layer alone."""
+    guide_every: Count = 1
+    """Run the guidance branches without the instruction every so many steps, and add what they gave in between."""
+
+
 class ServeSettings(_Settings):
     """Everything `insightedit serve up` can be told beside the model version and the port."""
 
@@ -103,7 +124,8 @@ class ServeSettings(_Settings):
     limits: Limits = Limits()
     gateway: Scaling = Scaling(max_ongoing=64, target_ongoing=16, max_queued=64, cpus=0.1)
     conditioner: Scaling = Scaling()
-    editor: Scaling = Scaling()
+    editor: Scaling = Scaling(max_ongoing=16)
+    engine: EngineSettings = EngineSettings()
 
     @property
     def sleeps(self) -> bool:
@@ -115,6 +137,15 @@ class ServeSettings(_Settings):
         if self.gateway.min_replicas == 0:
             raise ValueError("gateway.min_replicas must be 1 or more, since the gateway is what wakes the others")
         return self
+
+    @model_validator(mode="after")
+    def _exact_edits_take_no_shortcut(self) -> Self:
+        free = self.engine.model_dump(exclude={"max_batch", "cache_bytes"}, exclude_defaults=True)
+        if self.exact and free:
+            name = next(iter(free))
+            raise ValueError(f"engine.{name} changes an edit's bits, and exact is true; set exact to false or leave it")
+        return self
+
 
 
 def read_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSettings:
