@@ -180,9 +180,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve puts behind the route."""
-        app = build_app(
-            self._backend, self._limits, self._meters, sets_request_id=False, access=self._access
-        )
+        app = build_app(self._backend, self._limits, self._meters, sets_request_id=False, access=self._access)
         app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
         return app
 

@@ -147,7 +147,6 @@ class ServeSettings(_Settings):
         return self
 
 
-
 def read_settings(path: Path | None, overrides: Sequence[str] = ()) -> ServeSettings:
     """Settings from a YAML file, with `section.key=value` laid over them.
 
