@@ -6,8 +6,7 @@ bridging module; `denoise` is the UNet's many steps between the VAE's two halves
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,11 +22,12 @@ from transformers import CLIPTextModel, CLIPVisionModelWithProjection, PreTraine
 
 from insightedit.model.bridge import BidirectionalInteraction, ImageAlignmentAdapter, QFormer
 from insightedit.model.configuration import SamplingConfig
+from insightedit.model.denoiser import Denoiser
 from insightedit.model.encoders import FrozenEncoders, encode_text, to_pixels
+from insightedit.model.guidance import EditConditions, Guidance
 from insightedit.model.mllm import MultimodalTokens, hidden_states
 from insightedit.model.prompts import PromptEncoder
-from insightedit.model.schedulers import make_scheduler
-from insightedit.model.unet import AttentionContext, InsightEditUNet
+from insightedit.model.unet import InsightEditUNet
 
 _CONDITIONER_PARTS = (
     "text_encoder",
@@ -49,75 +49,11 @@ SHARD_SIZE = "2GB"
 StepCallback = Callable[["InsightEditPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
-@dataclass(frozen=True, slots=True)
-class EditConditions:
-    """All that the denoiser needs to know of B edits besides their source images."""
-
-    text: Tensor
-    """f_txt (B, T, D)."""
-    null_text: Tensor
-    """CLIP's states (B, T, D) of the negative prompt, or of the empty text."""
-    image: Tensor | None = None
-    """f_img (B, N, D); None for a model without an image branch."""
-    null_image: Tensor | None = None
-    """f_img (B, N, D) of zeros: the dropped image condition."""
-    spatial: Tensor | None = None
-    """v (B, C, G, G), before it is resized to the latents; None for a model without BIM."""
-
-    def __len__(self) -> int:
-        return self.text.shape[0]
-
-    def row(self, index: int) -> EditConditions:
-        """The conditions of one edit, as a batch of one."""
-        return EditConditions(**{name: x[index : index + 1] for name, x in self.tensors().items()})
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: x for name, x in named.items() if x is not None}
-
-    def repeated(self, times: int) -> EditConditions:
-        """Each edit `times` times in a row."""
-        return EditConditions(**{name: x.repeat_interleave(times, dim=0) for name, x in self.tensors().items()})
-
-    @staticmethod
-    def joined(parts: Sequence[EditConditions]) -> EditConditions:
-        """Several batches as one."""
-        names = parts[0].tensors()
-        return EditConditions(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in names})
-
-
 @dataclass
 class EditOutput(BaseOutput):
     """Edited images, as asked for by `output_type`."""
 
     images: list[Image.Image] | np.ndarray[Any, Any] | Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """Classifier-free guidance over text and source image, in InstructPix2Pix's form.
-
-    eps = eps(0, 0) + s_I (eps(0, I) - eps(0, 0)) + s_T (eps(T, I) - eps(0, I)). A branch whose weight is 0 is not run.
-    """
-
-    text: float
-    image: float
-
-    @property
-    def branches(self) -> tuple[str, ...]:
-        """The branches to run, in the order text, image, none."""
-        weights = {"text": self.text, "image": self.image - self.text, "none": 1 - self.image}
-        return tuple(name for name, weight in weights.items() if weight != 0)
-
-    def combine(self, outputs: Tensor) -> Tensor:
-        """Outputs (branches * B, ...) of the denoiser, branch by branch, to (B, ...)."""
-        weights = {"text": self.text, "image": self.image - self.text, "none": 1 - self.image}
-        chunks = outputs.chunk(len(self.branches))
-        total = weights[self.branches[0]] * chunks[0]
-        for name, chunk in zip(self.branches[1:], chunks[1:], strict=True):
-            total = total + weights[name] * chunk
-        return total
 
 
 @contextmanager
@@ -233,6 +169,8 @@ class InsightEditPipeline(DiffusionPipeline):
         prompt: str | Sequence[str],
         image: Image.Image | Sequence[Image.Image],
         negative_prompt: str | Sequence[str] | None = None,
+        *,
+        together: bool = False,
     ) -> EditConditions:
         """One pass of the language model, Q-Former, BIM and adapter for each edit.
 
@@ -240,6 +178,7 @@ class InsightEditPipeline(DiffusionPipeline):
             prompt: instructions, B.
             image: source images, B, of any sizes.
             negative_prompt: B texts, or one for all, in place of the empty text.
+            together: one pass for all of them, which differs from theirs by rounding.
 
         Raises:
             ValueError: the numbers of prompts and images differ, or a prompt is too long.
@@ -248,28 +187,38 @@ class InsightEditPipeline(DiffusionPipeline):
         if len(prompts) != len(images):
             raise ValueError(f"prompt has {len(prompts)} entries and image {len(images)}; give as many of both.")
         negatives = _listed(negative_prompt) if negative_prompt is not None else [""]
-        null_text = encode_text(self.text_encoder, self.tokenizer, negatives)
+        null_text = self._encode_texts(negatives)
         null_text = null_text.expand(len(prompts), -1, -1) if len(negatives) == 1 else null_text
         if self.mllm is None:
-            return EditConditions(encode_text(self.text_encoder, self.tokenizer, prompts), null_text)
-        rows = [self._condition_one(text, picture) for text, picture in zip(prompts, images, strict=True)]
-        text, image_tokens, spatial = (torch.cat(parts) for parts in zip(*rows, strict=True))
+            return EditConditions(self._encode_texts(prompts), null_text)
+        if together:
+            text, image_tokens, spatial = self._condition_rows(prompts, images)
+        else:
+            rows = [self._condition_rows([text], [picture]) for text, picture in zip(prompts, images, strict=True)]
+            text, image_tokens, spatial = (torch.cat(parts) for parts in zip(*rows, strict=True))
         if not self.config["image_branch"]:
             return EditConditions(text, null_text, spatial=spatial)
-        null_image = self.adapter.project(torch.zeros_like(self.adapter.map(self._zero_states(len(prompts)))))
-        return EditConditions(text, null_text, image_tokens, null_image, spatial)
+        null_image = self.adapter.project(torch.zeros_like(self.adapter.map(self._zero_states())))
+        return EditConditions(text, null_text, image_tokens, null_image.expand_as(image_tokens), spatial)
 
-    def _condition_one(self, prompt: str, image: Image.Image) -> tuple[Tensor, Tensor, Tensor]:
-        """f_txt, f_img and v of one edit, always in rows of one shape."""
-        pixels = to_pixels([image])
-        inputs = {name: x.to(self.mllm.device) for name, x in self.prompts([prompt], pixels).items()}
+    def _encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """CLIP's states (B, T, D), always in rows of one shape."""
+        return torch.cat([encode_text(self.text_encoder, self.tokenizer, [text]) for text in texts])
+
+    def _condition_rows(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
+        """f_txt, f_img and v of B edits in one pass."""
+        pixels = [to_pixels([image]) for image in images]
+        inputs = self.prompts.encode_text(prompts)
+        seen = [self.prompts.encode_images(one) for one in pixels]
+        inputs |= {name: torch.cat([one[name] for one in seen]) for name in seen[0]}
+        inputs = {name: x.to(self.mllm.device) for name, x in inputs.items()}
         states = hidden_states(self.mllm, self.mm_tokens, inputs)[:, 1:].to(self.qformer.dtype)
-        patches = self.encoders.encode_images(pixels).patches.to(states.dtype)
+        patches = torch.cat([self.encoders.encode_images(one).patches for one in pixels]).to(states.dtype)
         text, spatial = self.bim(self.qformer(states), patches)
         return text, self.adapter(states), spatial
 
-    def _zero_states(self, rows: int) -> Tensor:
-        shape = (rows, self.mm_tokens.config["num_tokens"], self.mm_tokens.config["hidden_size"])
+    def _zero_states(self) -> Tensor:
+        shape = (1, self.mm_tokens.config["num_tokens"], self.mm_tokens.config["hidden_size"])
         return torch.zeros(shape, dtype=self.adapter.dtype, device=self.adapter.device)
 
     # -- the second half: doing it ------------------------------------------------------------------------------
@@ -311,41 +260,38 @@ class InsightEditPipeline(DiffusionPipeline):
         Returns:
             (B, 3, H, W) float32 in [0, 1].
         """
-        normal = pixels.to(self.unet.device, self.vae.dtype) / 127.5 - 1
-        source = self.vae.encode(normal).latent_dist.mode().to(self.unet.dtype)
-        drawn = torch.cat([_noise(source[:1], generator) for generator in generators]) if latents is None else latents
-        steps = self.scheduler if scheduler is None else make_scheduler(self.scheduler, scheduler)
-        steps.set_timesteps(num_inference_steps, device=source.device)
-        current: Tensor = drawn * steps.init_noise_sigma
-        context, spatial, sources = self._branches(conditions, source, guidance, image_branch_scale)
-        context = self.unet.project(context)
-        extra = _step_arguments(steps, eta, generators)
+        denoiser = Denoiser(self.unet, self.scheduler)
+        edits = [
+            denoiser.begin(
+                conditions.row(row),
+                self.encode(pixels[row : row + 1]),
+                num_inference_steps=num_inference_steps,
+                guidance=guidance,
+                generator=generator,
+                eta=eta,
+                image_branch_scale=image_branch_scale,
+                scheduler=scheduler,
+                latents=None if latents is None else latents[row : row + 1],
+            )
+            for row, generator in enumerate(generators)
+        ]
         progress: Any = self.progress_bar
-        for index, timestep in enumerate(progress(steps.timesteps)):
-            scaled = steps.scale_model_input(current, timestep).repeat(len(guidance.branches), 1, 1, 1)
-            output = self.unet.denoise(torch.cat([scaled, sources], dim=1), timestep, context, spatial)
-            current = steps.step(guidance.combine(output), timestep, current, **extra).prev_sample
+        for index, timestep in enumerate(progress(edits[0].timesteps)):
+            denoiser.step(edits)
             if callback_on_step_end is not None:
+                current = torch.cat([edit.latents for edit in edits])
                 current = callback_on_step_end(self, index, timestep, {"latents": current}).get("latents", current)
-        return self.decode(current)
+                for edit, own in zip(edits, current.split(1), strict=True):
+                    edit.latents = own
+        return self.decode(torch.cat([edit.latents for edit in edits]))
 
-    def _branches(
-        self, conditions: EditConditions, source: Tensor, guidance: Guidance, weight: float
-    ) -> tuple[AttentionContext, Tensor | None, Tensor]:
-        """Context, v and source latents of the guidance's branches, one below the other. v is in all of them."""
-        texts = {"text": conditions.text, "image": conditions.null_text, "none": conditions.null_text}
-        sources = {"text": source, "image": source, "none": torch.zeros_like(source)}
-        branches = guidance.branches
-        text = torch.cat([texts[name] for name in branches])
-        spatial = conditions.spatial.repeat(len(branches), 1, 1, 1) if conditions.spatial is not None else None
-        image = image_weight = None
-        if conditions.image is not None and conditions.null_image is not None:
-            images = {"text": conditions.image, "image": conditions.null_image, "none": conditions.null_image}
-            image = torch.cat([images[name] for name in branches])
-            image_weight = torch.full((image.shape[0],), weight, dtype=image.dtype, device=image.device)
-        context = AttentionContext(text, image, image_weight)
-        return context, spatial, torch.cat([sources[name] for name in branches])
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Source images uint8 (B, 3, H, W) of the model's own size to the latents (B, 4, h, w) that the UNet reads."""
+        normal = pixels.to(self.unet.device, self.vae.dtype) / 127.5 - 1
+        return self.vae.encode(normal).latent_dist.mode().to(self.unet.dtype)
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 4, h, w) to images (B, 3, H, W), float32 in [0, 1]."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
@@ -462,12 +408,6 @@ def _listed(value: Any) -> list[Any]:
     return [value] if isinstance(value, (str, Image.Image)) else list(value)
 
 
-def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Noise (1, 4, h, w), drawn in float32 on the generator's device so that a seed means the same everywhere."""
-    device = generator.device if generator is not None else like.device
-    return torch.randn(like.shape, generator=generator, device=device).to(like.device, like.dtype)
-
-
 def _generators(generator: Any, count: int) -> list[torch.Generator | None]:
     if generator is None or isinstance(generator, torch.Generator):
         return [generator] * count
@@ -476,26 +416,20 @@ def _generators(generator: Any, count: int) -> list[torch.Generator | None]:
     return list(generator)
 
 
-def _step_arguments(scheduler: Any, eta: float, generators: Sequence[torch.Generator | None]) -> dict[str, Any]:
-    """The arguments that this scheduler's step takes: eta for DDIM, a generator for ancestral ones."""
-    names = inspect.signature(scheduler.step).parameters
-    arguments: dict[str, Any] = {}
-    if "eta" in names:
-        arguments["eta"] = eta
-    if "generator" in names and all(generator is not None for generator in generators):
-        arguments["generator"] = generators[0] if len(generators) == 1 else list(generators)
-    return arguments
+def as_images(results: Iterable[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    """Results (3, h, w) in [0, 1] at the model's size as images of the given widths and heights."""
+    arrays = [(x.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8) for x in results]
+    edited = [Image.fromarray(array) for array in arrays]
+    return [
+        one if one.size == size else one.resize(size, Image.Resampling.BICUBIC)
+        for one, size in zip(edited, sizes, strict=True)
+    ]
 
 
 def _outputs(results: Sequence[Tensor], images: Sequence[Image.Image], output_type: str) -> Any:
     """Results (3, h, w) in [0, 1] at the model's size as what was asked for, at the source images' sizes."""
     if output_type == "pil":
-        arrays = [(x.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8) for x in results]
-        edited = [Image.fromarray(array) for array in arrays]
-        return [
-            one if one.size == image.size else one.resize(image.size, Image.Resampling.BICUBIC)
-            for one, image in zip(edited, images, strict=True)
-        ]
+        return as_images(results, [image.size for image in images])
     stacked = torch.stack(list(results))
     if output_type == "pt":
         return stacked

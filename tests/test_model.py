@@ -18,11 +18,11 @@ from torch import Tensor
 from insightedit.model.attention import use_plain_attention
 from insightedit.model.configuration import ModelConfig
 from insightedit.model.encoders import squared, to_pixels
+from insightedit.model.guidance import Guidance
 from insightedit.model.insightedit import InsightEditModel, build_pipeline, draw_noise
 from insightedit.model.losses import mm_token_loss, squared_error
 from insightedit.model.mllm import hidden_states
 from insightedit.model.pipeline import (
-    Guidance,
     InsightEditPipeline,
     exact_mode,
     load_conditioner,
