@@ -53,7 +53,7 @@ def _options(name: str, scaling: Scaling, settings: ServeSettings) -> dict[str, 
 def version_application(folder: Path, settings: ServeSettings) -> Application:
     """Conditioner and editor of one model version, from its verified local folder."""
     patience = 2 * settings.limits.edit_seconds
-    arguments = (str(folder), settings.exact, patience)
+    arguments = (str(folder), settings.exact, patience, settings.engine)
     conditioner = serve.deployment(Conditioner, **_options(CONDITIONER, settings.conditioner, settings))
     editor = serve.deployment(Editor, **_options(EDITOR, settings.editor, settings))
     return editor.bind(*arguments, conditioner.bind(*arguments))

@@ -78,6 +78,14 @@ class Edited:
 
 
 @dataclass(frozen=True, slots=True)
+class Partial:
+    """What the editor gives on the way: an image of the edit in progress at its source's size, by its index from 0."""
+
+    index: int
+    pixels: Pixels
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """The model cannot do this edit. A value, not an exception: nothing has failed."""
 

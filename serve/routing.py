@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from ray import serve as ray_serve
 from ray.exceptions import ObjectLostError, RayActorError
@@ -28,6 +30,7 @@ from insightedit.serve.schema import ApiError, overloaded
 from insightedit.serve.settings import Limits, ServeSettings
 
 logger = logging.getLogger("insightedit.serve")
+Result = TypeVar("Result")
 serve: Any = ray_serve  # Its types are incomplete.
 
 CONDITIONER, EDITOR = "Conditioner", "Editor"
@@ -47,12 +50,15 @@ class ReplicaBackend:
         self._infos: dict[str, tuple[float, VersionInfo]] = {}
 
     async def edit(self, version: str, job: EditJob, on_partial: PartialTaker | None = None) -> EditOutcome:
-        """Condition, then edit. The editor hands out no partial images yet."""
+        """Condition, then edit."""
         begun = time.perf_counter()
         conditions: Conditions | Refusal = await self._call(version, CONDITIONER, "condition", job)
         if isinstance(conditions, Refusal):
             raise ApiError(400, "invalid_value", conditions.message, conditions.param)
-        edited: Edited = await self._call(version, EDITOR, "edit", job, conditions)
+        if on_partial is None or job.partials == 0:
+            edited: Edited = await self._call(version, EDITOR, "edit", job, conditions)
+        else:
+            edited = await self._edit_in_parts(version, job, conditions, on_partial)
         if version in self._infos:
             self._infos[version] = (time.monotonic(), self._infos[version][1])
         working = conditions.seconds + edited.seconds
@@ -84,14 +90,44 @@ class ReplicaBackend:
     def _handle(self, version: str, deployment: str) -> Any:
         return serve.get_deployment_handle(deployment, app_name=self.table.versions[version].application)
 
+    async def _edit_in_parts(
+        self, version: str, job: EditJob, conditions: Conditions, on_partial: PartialTaker
+    ) -> Edited:
+        """An edit whose partial images are handed on, each once however many replicas die under it."""
+        taken = 0
+
+        async def attempt() -> Edited:
+            nonlocal taken
+            response = self._handle(version, EDITOR).options(stream=True).edit_in_parts.remote(job, conditions)
+            with _cancelling(response):
+                async for part in response:
+                    if isinstance(part, Edited):
+                        return part
+                    if part.index == taken:
+                        taken += 1
+                        await on_partial(part.index, part.pixels)
+            raise RuntimeError("the editor has ended an edit without its image")
+
+        return await self._attempts(version, "edit_in_parts", attempt)
+
     async def _call(self, version: str, deployment: str, method: str, *arguments: object) -> Any:
-        """One call to some replica, done again where the replica dies under it."""
-        for attempt in range(1, self._limits.attempts + 1):
+        """One call to some replica."""
+
+        async def attempt() -> Any:
+            response = getattr(self._handle(version, deployment), method).remote(*arguments)
+            with _cancelling(response):
+                return await response
+
+        return await self._attempts(version, method, attempt)
+
+    async def _attempts(self, version: str, what: str, attempt: Callable[[], Awaitable[Result]]) -> Result:
+        """What replicas do, done again where one dies under it."""
+        for number in range(1, self._limits.attempts + 1):
             try:
-                return await getattr(self._handle(version, deployment), method).remote(*arguments)
+                return await attempt()
             except _LOST as error:
-                logger.warning("%s of version %s was lost at attempt %d: %s", method, version, attempt, type(error))
-                await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
+                logger.warning("%s of version %s was lost at attempt %d: %s", what, version, number, type(error))
+                await asyncio.sleep(min(0.1 * 2**number, 2.0))
             except BackPressureError:
                 raise overloaded(self._limits) from None
             except RayServeException:
@@ -99,6 +135,16 @@ class ReplicaBackend:
                 break
         message = f"Model version {version} cannot be reached at present; send the request again."
         raise ApiError(503, "unavailable", message, retry_after=self._limits.retry_after)
+
+
+@contextmanager
+def _cancelling(response: Any) -> Generator[None]:
+    """Whoever leaves early takes the work out of the replica too: nobody waits for it."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
 
 
 @serve.ingress()

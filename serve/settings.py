@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -57,6 +57,27 @@ class Scaling(_Settings):
     """Labels of the nodes that replicas may run on, as in Ray's label selectors: `{group: serve}`."""
 
 
+class EngineSettings(_Settings):
+    """How edits are denoised. In exact mode only `max_batch` and `cache_bytes` may differ from what they are here."""
+
+    max_batch: Count = 8
+    """Edits that take their steps together, or in turn in exact mode; further ones wait, the highest priority first."""
+    cache_bytes: Annotated[int, Field(ge=0)] = 2**28
+    """Memory for the conditions of earlier edits, and as much for their source latents: an edit of the same image and
+    instruction, or of the same image, does not compute them again."""
+    threads: Count = 1
+    """Threads of the CPU that a step may use."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = False
+    """Keep the channels of a pixel side by side in memory: faster convolutions in bfloat16, and on GPUs."""
+    compile: bool = False
+    """Compile the UNet's blocks with torch.compile: each batch of another shape waits for its compilation once."""
+    deep_every: Count = 1
+    """Run the whole UNet every so many steps, and in between its last layer alone."""
+    guide_every: Count = 1
+    """Run the guidance branches without the instruction every so many steps, and add what they gave in between."""
+
+
 class ServeSettings(_Settings):
     """Everything `insightedit serve up` can be told beside the model version and the port."""
 
@@ -69,4 +90,13 @@ class ServeSettings(_Settings):
     limits: Limits = Limits()
     gateway: Scaling = Scaling(max_ongoing=64, target_ongoing=16, max_queued=64, cpus=0.1)
     conditioner: Scaling = Scaling()
-    editor: Scaling = Scaling()
+    editor: Scaling = Scaling(max_ongoing=16)
+    engine: EngineSettings = EngineSettings()
+
+    @model_validator(mode="after")
+    def _exact_edits_take_no_shortcut(self) -> ServeSettings:
+        free = self.engine.model_dump(exclude={"max_batch", "cache_bytes"}, exclude_defaults=True)
+        if self.exact and free:
+            name = next(iter(free))
+            raise ValueError(f"engine.{name} changes an edit's bits, and exact is true; set exact to false or leave it")
+        return self

@@ -58,7 +58,7 @@ def test_a_stuck_lane_says_so() -> None:
     async def story() -> None:
         lane = Lane(0.05, lambda: None)
         lane.check()
-        work = asyncio.ensure_future(lane.run(lambda: release.wait(10)))
+        work = asyncio.wrap_future(lane.submit(lambda: release.wait(10)))
         await asyncio.sleep(0.15)
         with pytest.raises(RuntimeError, match=r"more than 0\.05 seconds"):
             lane.check()
