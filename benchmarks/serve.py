@@ -58,8 +58,8 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--deep-every", type=int, default=2, help="Of the fast mode, like the next.")
-    parser.add_argument("--guide-every", type=int, default=2)
+    parser.add_argument("--deep-every", type=int, default=3, help="Of the fast mode, like the next.")
+    parser.add_argument("--guide-every", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, help="Side of the edited images in pixels; 32, or 256 with --sd15.")
     options = parser.parse_args()
@@ -106,9 +106,9 @@ def save_full_size(folder: Path) -> None:
     """InstructPix2Pix of Stable Diffusion 1.5's size with random weights, which take as long as any."""
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(0)
-    unet_config: Any = {**UNet2DConditionModel.load_config(SINGLE_FILE_CONFIG, subfolder="unet"), "in_channels": 8}
+    unet_config: Any = UNet2DConditionModel.load_config(SINGLE_FILE_CONFIG, subfolder="unet")
     parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel.from_config(unet_config),
+        "unet": UNet2DConditionModel.from_config({**unet_config, "in_channels": 8}),
         "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(SINGLE_FILE_CONFIG, subfolder="vae")),
         "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(SINGLE_FILE_CONFIG / "text_encoder")),
         "tokenizer": PreTrainedTokenizerFast.from_pretrained(FOUNDATION / "tokenizer", model_max_length=77),

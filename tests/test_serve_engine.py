@@ -308,7 +308,7 @@ def test_a_plain_instruct_pix2pix_folder_is_edited_as_by_the_pipeline(
     folder: Path, tmp_path: Path, engine_of: Any
 ) -> None:
     parts = load_pipeline(folder).components
-    config = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
+    config: Any = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
     torch.manual_seed(0)
     own: dict[str, Any] = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
     own |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
