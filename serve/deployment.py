@@ -20,6 +20,7 @@ from insightedit.platform.workdir import Workdir
 from insightedit.serve.door import check_access
 from insightedit.serve.settings import ServeSettings
 from insightedit.serve.state import ServePlan, ServeState, clear_state, read_state
+from insightedit.serve.traces import tracing_config
 
 DEFAULT_PORT = 8000
 _LOG_LINES = 12
@@ -72,6 +73,7 @@ def up(
             "stop it with `insightedit serve down` first."
         )
     check_access(workdir, settings)
+    tracing_config(settings)  # Says what is missing before anything is started.
     registry = Registry(workdir)
     version = registry.resolve(reference)
     plan = ServePlan(
