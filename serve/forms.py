@@ -24,6 +24,18 @@ class EditRequest:
     upload: bytes
 
 
+class _FormParser(MultiPartParser):
+    """Starlette's parser, but for fields that are no UTF-8: it would take them for Latin-1."""
+
+    def on_part_end(self) -> None:
+        """Take a part that is complete."""
+        try:
+            self._current_part.data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise MultiPartException(f"{self._current_part.field_name[:80]} is not UTF-8.") from None
+        super().on_part_end()
+
+
 async def read_edit_request(request: Request, limits: Limits) -> EditRequest:
     """Read a multipart body, at most `limits.body_bytes` of it.
 
@@ -35,7 +47,7 @@ async def read_edit_request(request: Request, limits: Limits) -> EditRequest:
         message = "The body must be multipart/form-data with an image and a prompt."
         raise ApiError(415, "unsupported_media_type", message)
     _check_charset(content_type)
-    parser = MultiPartParser(
+    parser = _FormParser(
         request.headers, _bounded_body(request, limits), max_files=8, max_fields=32, max_part_size=2**18
     )
     parser.spool_max_size = limits.body_bytes  # Uploads stay in memory.

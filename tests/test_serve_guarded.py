@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     workdir = Workdir.open(folder / "work")
     version_folder = register_champion(workdir, folder)
     KeyStore(workdir).create("first", Allowance())
-    settings = ServeSettings(require_keys=True, limits=Limits(body_seconds=1))
+    settings = ServeSettings(require_keys=True, limits=Limits(body_seconds=1), trace_share=1)
     yield Served(workdir, up(workdir, port=0, settings=settings), version_folder)
     down(workdir)
 
@@ -46,10 +46,9 @@ def ask(served: Served, key: str | None, request_id: str = "", **fields: str) ->
 
 def eventually(served: Served, key: str, status: int) -> httpx.Response:
     """The answer once the gateways have noticed a change of the keys."""
-    for _ in range(50):
-        response = ask(served, key)
-        if response.status_code == status:
-            break
+    tries = 50
+    while (response := ask(served, key)).status_code != status and tries:
+        tries -= 1
         time.sleep(0.1)
     assert response.status_code == status, response.text
     return response
@@ -72,6 +71,15 @@ def test_keys_come_and_go_while_the_server_runs(guarded: Served, monkeypatch: py
         edit_over_http(str(guarded.status.url), png(picture()), PROMPT)
 
 
+def wait_for(look: Callable[[], list[dict[str, Any]]], count: int) -> list[dict[str, Any]]:
+    """What is found once there is enough of it, or five seconds have passed."""
+    tries = 50
+    while len(found := look()) < count and tries:
+        tries -= 1
+        time.sleep(0.1)
+    return found
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     """What all replicas have written down."""
     files = sorted(folder.glob("*.log"))
@@ -83,17 +91,43 @@ def test_a_request_is_found_in_every_log_and_its_prompt_in_none(guarded: Served)
     eventually(guarded, key, 200)
     assert ask(guarded, key, "mine-7").status_code == 200
     folder = guarded.workdir.logs / "serve"
-    for _ in range(50):
-        found = [line for line in lines(folder) if line.get("request_id") == "mine-7"]
-        if {line.get("deployment") for line in found} >= {"Gateway", "Conditioner", "Editor"}:
-            break
-        time.sleep(0.1)
-    assert {line["deployment"] for line in found} == {"Gateway", "Conditioner", "Editor"}
+    found = wait_for(lambda: [line for line in lines(folder) if line.get("request_id") == "mine-7"], 4)
+    # Serve puts the application's name before the deployment's.
+    assert {line["deployment"].rpartition("_")[2] for line in found} == {"Gateway", "Conditioner", "Editor"}
     (told,) = [line for line in found if line["message"] == "edit"]
     assert (told["api_key"], told["status"], told["model_version"]) == ("logged", 200, "1")
     everything = "".join(file.read_text() for file in guarded.workdir.logs.rglob("*") if file.is_file())
     assert PROMPT not in everything
     assert key not in everything
+
+
+def spans(folder: Path) -> list[dict[str, Any]]:
+    """What all processes have traced."""
+    return [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
+
+
+def test_a_request_is_one_trace_through_all_deployments(guarded: Served) -> None:
+    key, _ = KeyStore(guarded.workdir).create("traced", Allowance())
+    eventually(guarded, key, 200)
+    assert ask(guarded, key, "mine-8").status_code == 200
+    folder = guarded.workdir.logs / "spans"
+    works = wait_for(lambda: [one for one in spans(folder) if is_of(one, "mine-8")], 3)
+    found = spans(folder)
+    mine = {one["attributes"]["deployment"]: one for one in works}
+    assert set(mine) == {"Gateway", "Conditioner", "Editor"}
+    assert len({one["context"]["trace_id"] for one in mine.values()}) == 1
+    by_id = {one["context"]["span_id"]: one for one in found}
+    for name in ("Conditioner", "Editor"):
+        above = mine[name]
+        while above["context"]["span_id"] != mine["Gateway"]["context"]["span_id"]:
+            above = by_id[above["parent_id"]]
+    assert PROMPT not in json.dumps(found)
+
+
+def is_of(span: dict[str, Any], request_id: str) -> bool:
+    """Whether a span is a replica's work on a request."""
+    attributes = span["attributes"]
+    return attributes.get("request_id") == request_id and "replica_handle_request" in span["name"]
 
 
 def resident(served: Served) -> int:
