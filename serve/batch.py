@@ -36,7 +36,7 @@ from insightedit.platform.workdir import Workdir
 from insightedit.serve.backend import EditJob, Refusal
 from insightedit.serve.batch_rows import BadEdit, BatchInput, Cell, WantedEdit, pictures
 from insightedit.serve.schema import SEED_LIMIT, ApiError, OutputFormat
-from insightedit.serve.settings import Limits
+from insightedit.serve.settings import EngineSettings, Limits
 from insightedit.serve.uploads import decode_upload, encode_image
 
 RESULTS_NAME = "results.jsonl"
@@ -429,11 +429,12 @@ class _Worker:
 
     def __init__(self, folder: str, version: str, settings: BatchSettings, out: Store) -> None:
         # Imported here: whoever starts the job needs neither torch nor its memory.
-        from insightedit.serve.engine import ConditionEngine, EditEngine, use_one_thread  # noqa: PLC0415
+        from insightedit.serve.engine import ConditionEngine, EditEngine, use_threads  # noqa: PLC0415
 
-        use_one_thread()
-        self._conditioner = ConditionEngine(folder, exact=True)
-        self._editor = EditEngine(folder, exact=True)
+        engine = EngineSettings()
+        use_threads(engine.threads)
+        self._conditioner = ConditionEngine(folder, exact=True, settings=engine)
+        self._editor = EditEngine(folder, exact=True, settings=engine)
         self._version = version
         self._settings = settings
         self._out = out
@@ -462,8 +463,8 @@ class _Worker:
         return self._write(wanted, job.seed, data, time.perf_counter() - began)
 
     def _edit(self, job: EditJob) -> NDArray[np.uint8] | Refusal:
-        conditions = self._conditioner.condition(job)
-        return conditions if isinstance(conditions, Refusal) else self._editor.edit(job, conditions).pixels
+        (conditions,) = self._conditioner.condition([job])
+        return conditions if isinstance(conditions, Refusal) else self._editor.submit(job, conditions).result().pixels
 
     def _note(self, wanted: WantedEdit) -> DoneEdit | None:
         """The note on a row's file; None where there is none."""

@@ -1,63 +1,115 @@
-"use strict";
+// The page: an image, an instruction, and every step on the way.
+
+import * as api from "/page/api.js";
+import { History } from "/page/history.js";
+import { Mask } from "/page/mask.js";
 
 const find = (id) => document.getElementById(id);
 const form = find("form");
-const frame = document.querySelector(".frame");
-const compareOnly = [find("after"), find("handle"), find("slider"), ...document.querySelectorAll(".tag")];
+const frame = find("frame");
 
-// Below this side in pixels an image is shown with its pixels as squares.
-const SMALL = 160;
+const SMALL = 160; // side in pixels below which an image is shown with its pixels as squares
+const STATUS_SECONDS = 5;
 
-let source = null; // the image to edit, a Blob
-let result = null; // its edit, a Blob
+const history = new History(); // steps: {before, after, prompt, facts}; before and after are Blobs
+const mask = new Mask(find("paint"), () => refresh());
+const links = new Map(); // an object URL for each Blob that is shown
 let running = null; // the AbortController of the edit under way
+let painting = false;
 
-function show(element, visible) {
-  element.hidden = !visible;
+const show = (element, visible) => { element.hidden = !visible; };
+
+function showError(error) {
+  find("error").textContent = error?.message ?? "";
+  show(find("error"), Boolean(error));
+  if (error?.status === 401) {
+    show(find("key"), true);
+    find("key-field").focus();
+  }
 }
 
-function showError(message) {
-  find("error").textContent = message;
-  show(find("error"), Boolean(message));
+// -- showing ----------------------------------------------------------------------------------------------------------
+
+function link(blob) {
+  if (!links.has(blob)) links.set(blob, URL.createObjectURL(blob));
+  return links.get(blob);
 }
 
-/** Put a Blob into an image element; resolves when it is decoded, rejects when it is not an image. */
+/** Let go of images that no step shows any more. */
+function tidy() {
+  const shown = new Set(history.steps.flatMap((step) => [step.before, step.after]));
+  for (const [blob, url] of links) {
+    if (shown.has(blob)) continue;
+    URL.revokeObjectURL(url);
+    links.delete(blob);
+  }
+}
+
+/** Put a Blob into an image element; rejects when it is not an image. */
 async function display(image, blob) {
-  const old = image.src;
-  image.src = URL.createObjectURL(blob);
-  if (old) URL.revokeObjectURL(old);
+  image.src = link(blob);
   await image.decode();
   image.classList.toggle("pixelated", Math.max(image.naturalWidth, image.naturalHeight) <= SMALL);
 }
 
+/** Bring everything on the page to the current step. */
+async function showStep() {
+  const { before, after, prompt, facts } = history.current;
+  painting = false;
+  find("said").textContent = "";
+  await display(find("before"), before);
+  const { naturalWidth, naturalHeight } = find("before");
+  frame.style.setProperty("--ratio", naturalWidth / naturalHeight);
+  mask.reset(naturalWidth, naturalHeight);
+  if (after) await display(find("after"), after);
+  if (prompt) find("prompt").value = prompt;
+  for (const [name, value] of Object.entries(facts ?? {})) find(`fact-${name}`).textContent = value;
+  if (after) find("download").href = link(after);
+  moveSlider(50);
+  drawHistory();
+  refresh();
+}
+
 function refresh() {
-  show(find("drop"), !source);
-  show(find("compare"), Boolean(source));
-  show(find("tools"), Boolean(source));
-  show(find("again"), Boolean(result));
-  show(find("download"), Boolean(result));
-  show(find("facts"), Boolean(result));
-  for (const element of compareOnly) show(element, Boolean(result));
+  const step = history.current;
+  const result = Boolean(step?.after);
+  const comparing = result && !running && !painting;
+  show(find("drop"), !step);
+  show(frame, Boolean(step));
+  show(find("tools"), Boolean(step));
+  for (const name of ["handle", "slider", "tag-before", "tag-after"]) show(find(name), comparing);
+  show(find("after"), comparing);
+  for (const name of ["again", "download"]) show(find(name), result);
+  show(find("facts"), result);
+  show(find("paint"), Boolean(step) && !running && (painting || (!mask.empty && !result)));
+  find("paint").classList.toggle("on", painting);
+  show(find("brush"), painting);
+  find("mask").setAttribute("aria-pressed", String(painting));
+  find("mask").textContent = mask.empty ? "Paint a mask" : "Mask painted";
+  find("undo").disabled = !history.canUndo || Boolean(running);
+  find("redo").disabled = !history.canRedo || Boolean(running);
   show(find("busy"), Boolean(running));
-  find("edit").disabled = !source;
+  find("edit").disabled = !step;
   find("edit").textContent = running ? "Cancel" : "Edit";
 }
 
-async function useSource(blob) {
-  showError("");
-  const image = find("before");
-  try {
-    await display(image, blob);
-  } catch {
-    showError("This is not an image that can be shown; choose a PNG, JPEG or WebP file.");
-    return;
-  }
-  frame.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
-  running?.abort();
-  source = blob;
-  result = null;
-  refresh();
-  find("prompt").focus();
+function drawHistory() {
+  const items = history.steps.map((step, number) => {
+    const button = document.createElement("button");
+    const picture = document.createElement("img");
+    picture.src = link(step.after ?? step.before);
+    picture.alt = step.prompt ? `Step ${number + 1}: ${step.prompt}` : `Step ${number + 1}: the image`;
+    button.title = step.prompt || "The image";
+    button.type = "button";
+    button.append(picture);
+    if (number === history.at) button.setAttribute("aria-current", "step");
+    button.addEventListener("click", () => goTo(number));
+    const item = document.createElement("li");
+    item.append(button);
+    return item;
+  });
+  find("history").replaceChildren(...items);
+  show(find("history"), history.steps.length > 1);
 }
 
 function moveSlider(value) {
@@ -65,55 +117,146 @@ function moveSlider(value) {
   frame.style.setProperty("--at", `${value}%`);
 }
 
-function requestBody() {
-  const body = new FormData();
-  body.append("image", source, "image");
-  for (const [name, value] of new FormData(form)) {
-    if (value !== "") body.append(name, value);
-  }
-  return body;
+// -- steps ------------------------------------------------------------------------------------------------------------
+
+async function addStep(step) {
+  history.push(step);
+  tidy();
+  await showStep();
 }
 
-async function send(signal) {
-  const response = await fetch("/v1/images/edits", { method: "POST", body: requestBody(), signal });
-  const answer = await response.json().catch(() => null);
-  if (!response.ok || !answer) {
-    throw new Error(answer?.error?.message ?? `The server answered ${response.status}.`);
-  }
-  return answer;
+async function goTo(number) {
+  if (running || !(number in history.steps)) return;
+  history.go(number);
+  await showStep();
 }
+
+async function useSource(blob) {
+  showError(null);
+  try {
+    // Looked at before it becomes a step.
+    await display(new Image(), blob);
+  } catch {
+    showError(new Error("This is not an image that can be shown; choose a PNG, JPEG or WebP file."));
+    return;
+  }
+  running?.abort();
+  await addStep({ before: blob, after: null });
+  find("prompt").focus();
+}
+
+const editResult = () => history.current?.after && !running && addStep({ before: history.current.after, after: null });
+
+function paint(on) {
+  if (!history.current || running) return;
+  painting = on;
+  refresh();
+}
+
+// -- editing ----------------------------------------------------------------------------------------------------------
 
 async function edit() {
   const controller = new AbortController();
-  const begun = performance.now();
-  const clock = setInterval(() => {
-    find("clock").textContent = `${((performance.now() - begun) / 1000).toFixed(1)} s`;
-  }, 100);
+  const step = history.current;
+  const fields = { image: step.before, ...Object.fromEntries(new FormData(form)) };
+  const painted = await mask.png();
+  if (painted) fields.mask = painted;
   running = controller;
-  showError("");
+  painting = false;
+  showError(null);
+  find("said").textContent = "Editing.";
+  find("busy").classList.remove("forming");
   refresh();
+  const stop = startClock();
   try {
-    const answer = await send(controller.signal);
-    const blob = decoded(answer.data[0].b64_json, `image/${answer.output_format}`);
-    await display(find("after"), blob);
-    result = blob;
-    find("download").href = find("after").src;
-    find("fact-version").textContent = answer.model_version;
-    find("fact-seed").textContent = answer.seed;
-    find("fact-size").textContent = answer.size;
-    find("fact-time").textContent = `${answer.timing.total.toFixed(2)} s`;
-    moveSlider(50);
+    const answer = await api.edit(fields, {
+      signal: controller.signal,
+      onPartial: (blob) => showPartial(blob, controller),
+      onBusy: (seconds) => { find("said").textContent = `The server is busy; next try in ${seconds} s.`; },
+    });
+    if (running !== controller) return;
+    running = null;
+    await addStep({ before: step.before, after: answer.blob, prompt: fields.prompt, facts: factsOf(answer) });
+    if (find("keep").checked && answer.seed !== undefined) form.elements.seed.value = answer.seed;
+    find("said").textContent = "The edit is done.";
   } catch (error) {
-    if (error.name !== "AbortError") showError(error.message);
-  } finally {
-    clearInterval(clock);
     if (running === controller) running = null;
+    find("said").textContent = error.name === "AbortError" ? "Cancelled." : "";
+    if (error.name !== "AbortError") showError(error);
+  } finally {
+    stop();
     refresh();
   }
 }
 
-function decoded(base64, type) {
-  return new Blob([Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))], { type });
+/** Show the edit as far as it is. */
+async function showPartial(blob, controller) {
+  await display(find("after"), blob);
+  if (running !== controller) return;
+  frame.style.setProperty("--at", "0%");
+  find("busy").classList.add("forming");
+  show(find("after"), true);
+}
+
+function factsOf(answer) {
+  return {
+    version: answer.model_version ?? "",
+    seed: answer.seed ?? "",
+    size: answer.size ?? "",
+    time: answer.timing ? `${answer.timing.total.toFixed(2)} s` : "",
+  };
+}
+
+function startClock() {
+  const begun = performance.now();
+  const tick = () => { find("clock").textContent = `${((performance.now() - begun) / 1000).toFixed(1)} s`; };
+  tick();
+  const timer = setInterval(tick, 100);
+  return () => clearInterval(timer);
+}
+
+// -- what the server has ----------------------------------------------------------------------------------------------
+
+async function listVersions() {
+  const versions = await api.versions();
+  const select = form.elements.model;
+  select.replaceChildren();
+  for (const version of versions) {
+    const name = version.aliases.length ? `${version.id} (${version.aliases.join(", ")})` : version.id;
+    select.add(new Option(name, version.id, version.default, version.default));
+  }
+  const own = versions.find((version) => version.default);
+  find("served").textContent = `version ${select.selectedOptions[0].text}`;
+  show(find("served"), true);
+  for (const name of ["num_inference_steps", "guidance_scale", "image_guidance_scale"]) {
+    form.elements[name].placeholder = own[name];
+  }
+  // Models this small know the world of shapes, which there are no photos of.
+  show(find("example"), own.resolution !== null && own.resolution <= 64);
+}
+
+/** Show replicas and queues, again and again, as long as somebody looks and the server tells. */
+async function watchStatus() {
+  if (document.visibilityState === "visible") {
+    let fleet;
+    try {
+      fleet = await api.status();
+    } catch (error) {
+      if (error.status === 404) return;
+      fleet = { deployments: [] };
+    }
+    const rows = fleet.deployments.map((part) => {
+      const row = document.createElement("tr");
+      const name = part.version === null ? part.name : `${part.name} v${part.version}`;
+      const replicas = part.starting ? `${part.running} (+${part.starting})` : part.running;
+      if (part.starting) row.title = `${part.starting} more are starting`;
+      for (const text of [name, replicas, part.ongoing, part.queued]) row.insertCell().textContent = text;
+      return row;
+    });
+    find("fleet-rows").replaceChildren(...rows);
+    show(find("fleet"), rows.length > 0);
+  }
+  setTimeout(watchStatus, 1000 * STATUS_SECONDS);
 }
 
 function suggest(instructions) {
@@ -128,61 +271,88 @@ function suggest(instructions) {
 }
 
 async function drawExample() {
-  const seed = Math.floor(Math.random() * 1e6);
-  const example = await (await fetch(`/page/example.json?seed=${seed}`)).json();
-  await useSource(decoded(example.image, "image/png"));
+  const example = await api.example(Math.floor(Math.random() * 1e6));
+  await useSource(api.decoded(example.image, "png"));
   suggest(example.instructions);
   find("prompt").value = example.instructions.at(-1);
 }
 
-async function listVersions() {
-  const response = await fetch("/v1/models");
-  if (!response.ok) return;
-  const versions = (await response.json()).data;
-  const select = form.elements.model;
-  for (const version of versions) {
-    const name = version.aliases.length ? `${version.id} (${version.aliases.join(", ")})` : version.id;
-    select.add(new Option(name, version.id, version.default, version.default));
-  }
-  const own = versions.find((version) => version.default);
-  find("served").textContent = `version ${select.selectedOptions[0].text}`;
-  show(find("served"), true);
-  show(find("version"), versions.length > 1);
-  for (const name of ["num_inference_steps", "guidance_scale", "image_guidance_scale"]) {
-    form.elements[name].placeholder = own[name];
-  }
-  // Models this small know the world of shapes, which there are no photos of.
-  show(find("example"), own.resolution !== null && own.resolution <= 64);
+// -- what people do ---------------------------------------------------------------------------------------------------
+
+function choose(files) {
+  const [file] = files;
+  if (!file) return;
+  suggest([]);
+  useSource(file);
 }
+
+const actions = {
+  e: editResult,
+  m: () => paint(!painting),
+  "[": () => sizeBrush(-2),
+  "]": () => sizeBrush(2),
+  "/": () => find("prompt").focus(),
+  "?": () => find("shortcuts").showModal(),
+};
+
+function sizeBrush(change) {
+  find("brush-size").value = Number(find("brush-size").value) + change;
+  mask.size = Number(find("brush-size").value);
+}
+
+document.addEventListener("keydown", (event) => {
+  if (find("shortcuts").open) return;
+  if (event.key === "Escape") {
+    if (running) running.abort();
+    else paint(false);
+    return;
+  }
+  if (event.target.matches("textarea, select, input:not([type=range], [type=checkbox])")) return;
+  const key = event.key.toLowerCase();
+  if ((event.ctrlKey || event.metaKey) && (key === "z" || key === "y")) {
+    event.preventDefault();
+    goTo(history.at + (key === "y" || event.shiftKey ? 1 : -1));
+  } else if (!event.ctrlKey && !event.metaKey && !event.altKey && actions[key]) {
+    event.preventDefault();
+    actions[key]();
+  }
+});
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (running) running.abort();
-  else if (source) edit();
+  else if (history.current) edit();
 });
 find("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
-    form.requestSubmit();
+    if (!running) form.requestSubmit();
   }
 });
+find("key-field").addEventListener("change", (event) => {
+  api.setKey(event.target.value.trim());
+  listVersions().then(() => { showError(null); watchStatus(); }, showError);
+});
 find("slider").addEventListener("input", (event) => moveSlider(event.target.value));
+find("brush-size").addEventListener("input", () => sizeBrush(0));
+find("erase").addEventListener("change", (event) => mask.erase(event.target.checked));
+find("clear").addEventListener("click", () => { mask.clear(); refresh(); });
 find("fact-seed").addEventListener("click", () => {
   form.elements.seed.value = find("fact-seed").textContent;
-  form.querySelector("details").open = true;
+  find("settings").open = true;
 });
-find("again").addEventListener("click", () => useSource(result));
+find("undo").addEventListener("click", () => goTo(history.at - 1));
+find("redo").addEventListener("click", () => goTo(history.at + 1));
+find("mask").addEventListener("click", () => paint(!painting));
+find("again").addEventListener("click", editResult);
+find("help").addEventListener("click", () => find("shortcuts").showModal());
 find("other").addEventListener("click", () => find("file").click());
-find("example").addEventListener("click", () => drawExample().catch((error) => showError(error.message)));
+find("example").addEventListener("click", () => drawExample().catch(showError));
 find("file").addEventListener("change", (event) => {
-  const [file] = event.target.files;
-  if (file) { suggest([]); useSource(file); }
+  choose(event.target.files);
   event.target.value = "";
 });
-document.addEventListener("paste", (event) => {
-  const [file] = event.clipboardData.files;
-  if (file) { suggest([]); useSource(file); }
-});
+document.addEventListener("paste", (event) => choose(event.clipboardData.files));
 for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
   document.addEventListener(name, (event) => {
     event.preventDefault();
@@ -190,10 +360,10 @@ for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", f
     frame.classList.toggle("over", over);
   });
 }
-document.addEventListener("drop", (event) => {
-  const [file] = event.dataTransfer.files;
-  if (file) { suggest([]); useSource(file); }
-});
+document.addEventListener("drop", (event) => choose(event.dataTransfer.files));
 
 refresh();
-listVersions().catch(() => showError("The server does not answer; is it still up?"));
+listVersions().catch((error) => {
+  showError(error.status ? error : new Error("The server does not answer; is it still up?"));
+});
+watchStatus();
