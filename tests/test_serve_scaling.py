@@ -171,7 +171,7 @@ def test_haproxy_listens_in_place_of_serves_proxy(tmp_path: Path) -> None:
     server = up(workdir, port=0, settings=read_settings(None, ["haproxy=true"]))
     try:
         port = int(str(server.url).rsplit(":", 1)[1])
-        listening = {one.pid for one in psutil.net_connections() if one.status == "LISTEN" and one.laddr[1] == port}
+        listening = {one.pid for one in psutil.net_connections() if one.status == "LISTEN" and one.laddr.port == port}
         assert {psutil.Process(pid).name() for pid in listening if pid} == {"haproxy"}
         served = Served(workdir, server, folder)
         assert edit(served, picture()) == edit(served, picture())
