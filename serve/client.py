@@ -59,6 +59,7 @@ def edit_over_http(
     output_format: str = "png",
     timeout: float = 600.0,
     retries: int = 10,
+    unreachable_retries: int = 2,
 ) -> ServedEdit:
     """Have an image edited by a server, trying again while it is overloaded or not to be reached.
 
@@ -75,6 +76,8 @@ def edit_over_http(
         output_format: png, jpeg or webp.
         timeout: seconds for one try.
         retries: tries after the first.
+        unreachable_retries: how many of them where nobody listens. More than a few help only where a proxy that died
+            is on its way back, in half a minute.
 
     Raises:
         NotFoundError: the image file or the model does not exist.
@@ -94,7 +97,9 @@ def edit_over_http(
     }
     form = {name: str(value) for name, value in fields.items() if value is not None}
     begun = time.perf_counter()
-    response = _post(f"{url.rstrip('/')}/v1/images/edits", form, _contents(image), timeout, retries)
+    response = _post(
+        f"{url.rstrip('/')}/v1/images/edits", form, _contents(image), timeout, retries, unreachable_retries
+    )
     if response.status_code != HTTPStatus.OK:
         raise _error(response)
     answer = ImagesResponse.model_validate_json(response.content)
@@ -120,7 +125,9 @@ def _contents(image: Path | bytes) -> bytes:
         raise UsageError(f"{image} cannot be read: {error.strerror}.") from None
 
 
-def _post(url: str, form: dict[str, str], image: bytes, timeout: float, retries: int) -> httpx.Response:
+def _post(
+    url: str, form: dict[str, str], image: bytes, timeout: float, retries: int, unreachable_retries: int
+) -> httpx.Response:
     # The name says nothing; the server looks at the bytes.
     files = {"image": ("image", image, "application/octet-stream")}
     with httpx.Client(timeout=httpx.Timeout(timeout, connect=5.0)) as client:
@@ -129,18 +136,23 @@ def _post(url: str, form: dict[str, str], image: bytes, timeout: float, retries:
             pause = min(0.5 * 2**attempt, 8.0)
             try:
                 response = client.post(url, data=form, files=files)
-                if last or response.status_code not in _RETRIED:
+                if last or not _may_pass(response):
                     return response
                 pause = float(response.headers.get("retry-after", pause))
             except httpx.ConnectError as error:
-                # Nobody listens: waiting helps only where a proxy is on its way back.
-                if attempt >= min(retries, 2):
+                if attempt >= min(retries, unreachable_retries):
                     raise ClusterError(f"No server answers at {url}: {error}.") from None
             except httpx.HTTPError as error:
                 if last:
                     raise ClusterError(f"The connection to {url} broke: {error}.") from None
             time.sleep(pause)
     raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _may_pass(response: httpx.Response) -> bool:
+    """Whether trying again may help. A 500 that is not in our words is the proxy's, whose gateway died under it."""
+    ours = response.headers.get("content-type", "").startswith("application/json")
+    return response.status_code in _RETRIED or (response.status_code == HTTPStatus.INTERNAL_SERVER_ERROR and not ours)
 
 
 def _error(response: httpx.Response) -> InsightEditError:
