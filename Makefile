@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-chaos test-full-size lint format bench kube-examples clean
+.PHONY: help install quickstart test test-slow test-chaos test-soak test-full-size lint format bench kube-examples clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1	/' | expand -t 22
@@ -32,6 +32,9 @@ test-slow: $(INSTALLED)  ## The tests that take minutes each
 
 test-chaos: $(INSTALLED)  ## Storms: whatever is killed, nothing is lost; counts in out/chaos.json
 	$(BIN)/python -m pytest -m chaos -s $(ARGS)
+
+test-soak: $(INSTALLED)  ## An hour of load: memory, descriptors and processes stay; INSIGHTEDIT_SOAK_MINUTES
+	$(BIN)/python -m pytest -m soak -s $(ARGS)
 
 test-full-size: $(INSTALLED)  ## The paper's model on a CPU, from random weights to an edit; 24 GB of memory, 35 of disk
 	$(BIN)/python -m pytest -m full_size -s $(ARGS)

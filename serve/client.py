@@ -62,6 +62,7 @@ def edit_over_http(
     output_format: str = "png",
     timeout: float = 600.0,
     retries: int = 10,
+    unreachable_retries: int = 2,
 ) -> ServedEdit:
     """Have an image edited by a server, trying again while it is overloaded or not to be reached.
 
@@ -80,6 +81,8 @@ def edit_over_http(
         output_format: png, jpeg or webp.
         timeout: seconds for one try.
         retries: tries after the first.
+        unreachable_retries: how many of them where nobody listens. More than a few help only where a proxy that died
+            is on its way back, in half a minute.
 
     Raises:
         NotFoundError: the image file or the model does not exist.
@@ -101,7 +104,9 @@ def edit_over_http(
     begun = time.perf_counter()
     key = os.environ.get(KEY_VARIABLE)
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    response = _post(f"{url.rstrip('/')}/v1/images/edits", form, _contents(image), headers, timeout, retries)
+    address = f"{url.rstrip('/')}/v1/images/edits"
+    patience = _Patience(timeout, retries, unreachable_retries)
+    response = _post(address, form, _contents(image), headers, patience)
     if response.status_code != HTTPStatus.OK:
         raise _error(response)
     answer = ImagesResponse.model_validate_json(response.content)
@@ -127,29 +132,41 @@ def _contents(image: Path | bytes) -> bytes:
         raise UsageError(f"{image} cannot be read: {error.strerror}.") from None
 
 
-def _post(
-    url: str, form: dict[str, str], image: bytes, headers: dict[str, str], timeout: float, retries: int
-) -> httpx.Response:
+@dataclass(frozen=True, slots=True)
+class _Patience:
+    """As `edit_over_http` describes."""
+
+    timeout: float
+    retries: int
+    unreachable_retries: int
+
+
+def _post(url: str, form: dict[str, str], image: bytes, headers: dict[str, str], patience: _Patience) -> httpx.Response:
     # The name says nothing; the server looks at the bytes.
     files = {"image": ("image", image, "application/octet-stream")}
-    with httpx.Client(timeout=httpx.Timeout(timeout, connect=5.0)) as client:
-        for attempt in range(retries + 1):
-            last = attempt == retries
+    with httpx.Client(timeout=httpx.Timeout(patience.timeout, connect=5.0)) as client:
+        for attempt in range(patience.retries + 1):
+            last = attempt == patience.retries
             pause = min(0.5 * 2**attempt, 8.0)
             try:
                 response = client.post(url, data=form, files=files, headers=headers)
-                if last or response.status_code not in _RETRIED:
+                if last or not _may_pass(response):
                     return response
                 pause = float(response.headers.get("retry-after", pause))
             except httpx.ConnectError as error:
-                # Nobody listens: waiting helps only where a proxy is on its way back.
-                if attempt >= min(retries, 2):
+                if attempt >= min(patience.retries, patience.unreachable_retries):
                     raise ClusterError(f"No server answers at {url}: {error}.") from None
             except httpx.HTTPError as error:
                 if last:
                     raise ClusterError(f"The connection to {url} broke: {error}.") from None
             time.sleep(pause)
     raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _may_pass(response: httpx.Response) -> bool:
+    """Whether trying again may help. A 500 that is not in our words is the proxy's, whose gateway died under it."""
+    ours = response.headers.get("content-type", "").startswith("application/json")
+    return response.status_code in _RETRIED or (response.status_code == HTTPStatus.INTERNAL_SERVER_ERROR and not ours)
 
 
 def _error(response: httpx.Response) -> InsightEditError:

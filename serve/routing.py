@@ -84,10 +84,11 @@ class ReplicaBackend:
         A version that may sleep is asked once: asking again would keep it awake.
         """
         when, known = self._infos.get(version, (float("-inf"), None))
-        if known is not None and (self.table.versions[version].sleeps or time.monotonic() - when < ANSWER_SECONDS):
+        sleeps = self.table.versions[version].sleeps
+        if known is not None and (sleeps or time.monotonic() - when < ANSWER_SECONDS):
             return known
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(self._limits.edit_seconds if sleeps else ANSWER_SECONDS):
                 info: VersionInfo = await self._call(version, EDITOR, "describe")
         except TimeoutError:
             message = f"The replicas of model version {version} do not answer."

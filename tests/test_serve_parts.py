@@ -98,6 +98,7 @@ class _Answers(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-length", str(len(body)))
         self.send_header("retry-after", "0")
+        self.send_header("content-type", "application/json" if body.startswith(b"{") else "text/plain")
         self.end_headers()
         self.wfile.write(body)
 
@@ -124,7 +125,7 @@ GOOD = (
 
 
 def test_the_client_tries_again_and_then_says_why(other_server: str) -> None:
-    _Answers.answers = [(429, b"busy"), (503, b""), (200, GOOD)]
+    _Answers.answers = [(429, b"busy"), (503, b""), (500, b"actor died"), (200, GOOD)]
     edited = edit_over_http(other_server, b"image", "x")
     assert (edited.image, edited.model_version, edited.seed) == (b"hi", "2", 5)
     _Answers.answers = [(400, b'{"error": {"message": "n: no."}}')]
@@ -133,8 +134,8 @@ def test_the_client_tries_again_and_then_says_why(other_server: str) -> None:
     _Answers.answers = [(404, b'{"error": {"message": "model is not served."}}')]
     with pytest.raises(NotFoundError, match="not served"):
         edit_over_http(other_server, b"image", "x")
-    _Answers.answers = [(500, b"<html>")] + [(429, b"busy")] * 2
-    with pytest.raises(InsightEditError, match="500: <html>"):
+    _Answers.answers = [(500, b'{"error": {"message": "bad luck."}}')] + [(429, b"busy")] * 2
+    with pytest.raises(InsightEditError, match="500: bad luck"):
         edit_over_http(other_server, b"image", "x")
     with pytest.raises(InsightEditError, match="429: busy"):
         edit_over_http(other_server, b"image", "x", retries=1)
