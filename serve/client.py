@@ -48,6 +48,19 @@ def served_url(workdir: Workdir) -> str:
     return state.url
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a client waits for an answer, and how often it asks."""
+
+    timeout: float = 600.0
+    """Seconds for one try."""
+    retries: int = 10
+    """Tries after the first."""
+    unreachable_retries: int = 2
+    """How many of them where nobody listens. More than a few help only where a proxy that died is on its way back, in
+    half a minute."""
+
+
 def edit_over_http(
     url: str,
     image: Path | bytes,
@@ -60,9 +73,7 @@ def edit_over_http(
     image_guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     output_format: str = "png",
-    timeout: float = 600.0,
-    retries: int = 10,
-    unreachable_retries: int = 2,
+    patience: Patience = Patience(),
 ) -> ServedEdit:
     """Have an image edited by a server, trying again while it is overloaded or not to be reached.
 
@@ -79,10 +90,7 @@ def edit_over_http(
         image_guidance_scale: weight of the source.
         negative_prompt: what to keep away from.
         output_format: png, jpeg or webp.
-        timeout: seconds for one try.
-        retries: tries after the first.
-        unreachable_retries: how many of them where nobody listens. More than a few help only where a proxy that died
-            is on its way back, in half a minute.
+        patience: how long to wait, and how often to try.
 
     Raises:
         NotFoundError: the image file or the model does not exist.
@@ -105,7 +113,6 @@ def edit_over_http(
     key = os.environ.get(KEY_VARIABLE)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     address = f"{url.rstrip('/')}/v1/images/edits"
-    patience = _Patience(timeout, retries, unreachable_retries)
     response = _post(address, form, _contents(image), headers, patience)
     if response.status_code != HTTPStatus.OK:
         raise _error(response)
@@ -132,16 +139,7 @@ def _contents(image: Path | bytes) -> bytes:
         raise UsageError(f"{image} cannot be read: {error.strerror}.") from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Patience:
-    """As `edit_over_http` describes."""
-
-    timeout: float
-    retries: int
-    unreachable_retries: int
-
-
-def _post(url: str, form: dict[str, str], image: bytes, headers: dict[str, str], patience: _Patience) -> httpx.Response:
+def _post(url: str, form: dict[str, str], image: bytes, headers: dict[str, str], patience: Patience) -> httpx.Response:
     # The name says nothing; the server looks at the bytes.
     files = {"image": ("image", image, "application/octet-stream")}
     with httpx.Client(timeout=httpx.Timeout(patience.timeout, connect=5.0)) as client:

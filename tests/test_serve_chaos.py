@@ -1,4 +1,4 @@
-"""A storm over a server under load: whatever is killed, every edit is answered, once, with the undisturbed run's bytes."""
+"""A storm over a server: whatever is killed, every edit is answered once, with the undisturbed run's bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ from test_serve_ray import PROMPT, Served, picture, png, register_champion
 
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.workdir import Workdir
-from insightedit.serve.client import edit_over_http
+from insightedit.serve.client import Patience, edit_over_http
 from insightedit.serve.deployment import down, up
 from insightedit.serve.settings import read_settings
 
@@ -68,7 +68,7 @@ def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
 def edit(served: Served, seed: int) -> bytes:
     url = str(served.status.url)
     return edit_over_http(
-        url, png(picture()), PROMPT, seed=seed, num_inference_steps=STEPS, unreachable_retries=10
+        url, png(picture()), PROMPT, seed=seed, num_inference_steps=STEPS, patience=Patience(unreachable_retries=10)
     ).image
 
 
@@ -94,7 +94,7 @@ class Load:
     stop: threading.Event = field(default_factory=threading.Event)
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> Generator[None]:
         with ThreadPoolExecutor(64) as clients:
             thread = threading.Thread(target=self._send, args=(clients,))
             thread.start()
@@ -186,7 +186,7 @@ def test_a_long_storm_loses_and_doubles_nothing(served: Served) -> None:
 def test_five_times_the_capacity_is_refused_and_passes(served: Served) -> None:
     rate = capacity(served)
     begun = time.monotonic()
-    edit_over_http(str(served.status.url), png(picture()), PROMPT, seed=0, retries=0)
+    edit_over_http(str(served.status.url), png(picture()), PROMPT, seed=0, patience=Patience(retries=0))
     calm = time.monotonic() - begun
     statuses = overload(served, 5 * rate, 20)
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.backend import VersionEntry, VersionTable
-from insightedit.serve.client import edit_over_http
+from insightedit.serve.client import Patience, edit_over_http
 from insightedit.serve.replicas import Lane
 from insightedit.serve.schema import ApiError
 from insightedit.serve.settings import Limits, ServeSettings
@@ -138,13 +138,13 @@ def test_the_client_tries_again_and_then_says_why(other_server: str) -> None:
     with pytest.raises(InsightEditError, match="500: bad luck"):
         edit_over_http(other_server, b"image", "x")
     with pytest.raises(InsightEditError, match="429: busy"):
-        edit_over_http(other_server, b"image", "x", retries=1)
+        edit_over_http(other_server, b"image", "x", patience=Patience(retries=1))
 
 
 def test_the_client_without_a_server_or_an_image(tmp_path: Path) -> None:
     begun = time.monotonic()
     with pytest.raises(ClusterError, match="No server answers"):
-        edit_over_http("http://127.0.0.1:9", b"image", "x", retries=1)
+        edit_over_http("http://127.0.0.1:9", b"image", "x", patience=Patience(retries=1))
     assert time.monotonic() - begun < 5
     with pytest.raises(NotFoundError, match="There is no image"):
         edit_over_http("http://127.0.0.1:9", tmp_path / "none.png", "x")

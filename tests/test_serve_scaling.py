@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -163,6 +164,9 @@ def test_each_deployment_grows_with_its_own_queue(sleepy: Served) -> None:
             one.result()
 
 
+net_connections: Any = psutil.net_connections  # Its type does not know that an address has a port.
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_haproxy_listens_in_place_of_serves_proxy(tmp_path: Path) -> None:
@@ -171,7 +175,7 @@ def test_haproxy_listens_in_place_of_serves_proxy(tmp_path: Path) -> None:
     server = up(workdir, port=0, settings=read_settings(None, ["haproxy=true"]))
     try:
         port = int(str(server.url).rsplit(":", 1)[1])
-        listening = {one.pid for one in psutil.net_connections() if one.status == "LISTEN" and one.laddr.port == port}
+        listening = {one.pid for one in net_connections() if one.status == "LISTEN" and one.laddr.port == port}
         assert {psutil.Process(pid).name() for pid in listening if pid} == {"haproxy"}
         served = Served(workdir, server, folder)
         assert edit(served, picture()) == edit(served, picture())
