@@ -23,7 +23,6 @@ from insightedit.serve.fleet import FleetStatus
 from insightedit.serve.ingress import check_haproxy, haproxy_variables
 from insightedit.serve.settings import ServeSettings
 from insightedit.serve.state import ServePlan, ServeState, clear_state, read_state
-from insightedit.serve.traces import tracing_config
 
 DEFAULT_PORT = 8000
 _LOG_LINES = 12
@@ -80,7 +79,6 @@ def up(
     check_access(workdir, settings)
     if settings.haproxy:
         check_haproxy()
-    tracing_config(settings)  # Says what is missing before anything is started.
     registry = Registry(workdir)
     version = registry.resolve(reference)
     plan = ServePlan(

@@ -19,7 +19,6 @@ from insightedit.serve.applications import GATEWAY_APPLICATION, single_version_t
 from insightedit.serve.door import check_keys_are_asked_for
 from insightedit.serve.ingress import HAPROXY_ENABLED
 from insightedit.serve.settings import Scaling, ServeSettings
-from insightedit.serve.traces import tracing_config
 
 PORT = 8000
 """Where KubeRay's service `NAME-serve-svc` looks for Serve's proxies."""
@@ -76,10 +75,8 @@ def serve_config(version: str, aliases: tuple[str, ...], settings: ServeSettings
     """The same applications as `serve up` starts, as Serve's own config."""
     plain = settings.model_dump(mode="json")
     table = single_version_table(version, aliases, settings.sleeps).model_dump(mode="json")
-    tracing = tracing_config(settings)
     return {
         "proxy_location": "EveryNode",
-        **({"tracing_config": tracing} if tracing else {}),
         "http_options": {
             "host": settings.host,
             "port": PORT,

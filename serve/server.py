@@ -31,7 +31,6 @@ from insightedit.serve.applications import (
 from insightedit.serve.ingress import remove_haproxy_files
 from insightedit.serve.meters import FOLDER_VARIABLE
 from insightedit.serve.state import ServePlan, ServeState, clear_state, write_state
-from insightedit.serve.traces import tracing_config
 
 ray: Any = untyped_ray
 serve: Any = untyped_serve
@@ -69,7 +68,7 @@ def deploy(plan: ServePlan) -> None:
     settings = plan.settings
     # The gateway gives an edit up first, and says so properly.
     options = {"host": settings.host, "port": plan.port, "request_timeout_s": settings.limits.edit_seconds + 15}
-    serve.start(proxy_location="HeadOnly", http_options=options, tracing_config=tracing_config(settings))
+    serve.start(proxy_location="HeadOnly", http_options=options)
     table = single_version_table(plan.version, plan.aliases, settings.sleeps)
     serve.run_many(
         [

@@ -121,8 +121,6 @@ class ServeSettings(_Settings):
     """Where replicas write their logs; in the work folder's `logs` for a server on this machine, else with Ray's."""
     haproxy: bool = False
     """Let HAProxy carry requests to the gateways instead of Serve's own proxy."""
-    trace_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of requests that OpenTelemetry traces; above 0 it needs the extra `insightedit[tracing]`."""
     limits: Limits = Limits()
     gateway: Scaling = Scaling(max_ongoing=64, target_ongoing=16, max_queued=64, cpus=0.1)
     conditioner: Scaling = Scaling()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,20 +266,23 @@ def test_bytes_depend_on_no_order_and_a_bucket_is_as_good(story: Story, whole: P
     }
 
 
-def test_a_stopped_job_goes_on_where_it_was(story: Story, whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_stopped_job_goes_on_where_it_was(story: Story, tmp_path: Path) -> None:
+    # Many steps, so that the stop comes in between.
+    settings = replace(SETTINGS, num_inference_steps=100)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    batch(story, story.photos, whole, settings=settings)
 
     def stop(through: int, _rows: int, _rate: float | None) -> None:
         if through >= 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        batch(story, story.photos, out, progress=stop)
+        batch(story, story.photos, out, settings=settings, progress=stop)
     first = edits(out)
     assert 2 <= len(first) < 11
     times = {name: (out / name).stat().st_mtime_ns for name in first}
     (out / ".tmp-torn.png-1234").write_bytes(b"half")
-    done = batch(story, story.photos, out)
+    done = batch(story, story.photos, out, settings=settings)
     assert done.kept >= 2
     assert done.kept + done.edited == 11
     assert {name: (out / name).stat().st_mtime_ns for name in first} == times, "what is done is not done again"

@@ -30,7 +30,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     workdir = Workdir.open(folder / "work")
     version_folder = register_champion(workdir, folder)
     KeyStore(workdir).create("first", Allowance())
-    settings = ServeSettings(require_keys=True, limits=Limits(body_seconds=1), trace_share=1)
+    settings = ServeSettings(require_keys=True, limits=Limits(body_seconds=1))
     yield Served(workdir, up(workdir, port=0, settings=settings), version_folder)
     down(workdir)
 
@@ -99,35 +99,6 @@ def test_a_request_is_found_in_every_log_and_its_prompt_in_none(guarded: Served)
     everything = "".join(file.read_text() for file in guarded.workdir.logs.rglob("*") if file.is_file())
     assert PROMPT not in everything
     assert key not in everything
-
-
-def spans(folder: Path) -> list[dict[str, Any]]:
-    """What all processes have traced."""
-    return [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
-
-
-def test_a_request_is_one_trace_through_all_deployments(guarded: Served) -> None:
-    key, _ = KeyStore(guarded.workdir).create("traced", Allowance())
-    eventually(guarded, key, 200)
-    assert ask(guarded, key, "mine-8").status_code == 200
-    folder = guarded.workdir.logs / "spans"
-    works = wait_for(lambda: [one for one in spans(folder) if is_of(one, "mine-8")], 3)
-    found = spans(folder)
-    mine = {one["attributes"]["deployment"]: one for one in works}
-    assert set(mine) == {"Gateway", "Conditioner", "Editor"}
-    assert len({one["context"]["trace_id"] for one in mine.values()}) == 1
-    by_id = {one["context"]["span_id"]: one for one in found}
-    for name in ("Conditioner", "Editor"):
-        above = mine[name]
-        while above["context"]["span_id"] != mine["Gateway"]["context"]["span_id"]:
-            above = by_id[above["parent_id"]]
-    assert PROMPT not in json.dumps(found)
-
-
-def is_of(span: dict[str, Any], request_id: str) -> bool:
-    """Whether a span is a replica's work on a request."""
-    attributes = span["attributes"]
-    return attributes.get("request_id") == request_id and "replica_handle_request" in span["name"]
 
 
 def resident(served: Served) -> int:

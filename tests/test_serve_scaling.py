@@ -156,7 +156,7 @@ def test_each_deployment_grows_with_its_own_queue(sleepy: Served) -> None:
         working = [clients.submit(work, seed) for seed in range(6)]
         try:
             until(lambda: deployment(sleepy, "Editor").running == 2)
-            assert deployment(sleepy, "Editor").ongoing > 0
+            until(lambda: deployment(sleepy, "Editor").ongoing > 0)
             assert deployment(sleepy, "Gateway").running == 1
         finally:
             stop.set()
