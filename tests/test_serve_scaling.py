@@ -17,6 +17,7 @@ from test_serve_ray import Served, edit, picture, register_champion
 from insightedit.platform.errors import NotFoundError, UsageError
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.backend import VersionEntry, VersionTable
+from insightedit.serve.client import Patience
 from insightedit.serve.deployment import down, status, up
 from insightedit.serve.fleet import DeploymentStatus, fleet_status
 from insightedit.serve.ingress import check_haproxy
@@ -136,12 +137,12 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 def test_it_sleeps_and_the_first_request_waits_for_it(sleepy: Served) -> None:
     def ask() -> bool:
         for path in ("readyz", "healthz", "v1/status", "v1/models"):
-            httpx.get(f"{sleepy.status.url}/{path}").raise_for_status()
+            httpx.get(f"{sleepy.status.url}/{path}", timeout=60).raise_for_status()
         return asleep(sleepy)
 
     until(ask)
-    first = edit(sleepy, picture(), retries=0)
-    assert edit(sleepy, picture(), retries=0) == first
+    first = edit(sleepy, picture(), patience=Patience(retries=0))
+    assert edit(sleepy, picture(), patience=Patience(retries=0)) == first
 
 
 @pytest.mark.timeout(300)
