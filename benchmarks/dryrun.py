@@ -151,7 +151,7 @@ def start_loop(config: RunConfig, number: int, rank: int) -> StageLoop:
     accumulation = stage.global_batch // world // size
     layout = Layout(rank=rank, world=world, micro_batch=size, accumulation=accumulation, device=torch.device("cpu"))
     task = EditingTask(key="", model=config.model_sources(), encoders="", validation=None)
-    model: Any = task.build_model()
+    model: Any = task.build_model(halved=stage.frozen == "bf16")
     model.begin_stage(number)
     use_plain_attention(model)
     model.train()

@@ -14,6 +14,7 @@ from insightedit.model.bridge import BidirectionalInteraction, ImageAlignmentAda
 from insightedit.model.configuration import DiffusionConfig, LoraConfig, ModelConfig
 from insightedit.model.encoders import encode_text
 from insightedit.model.losses import LossTerm, mm_token_loss, squared_error
+from insightedit.model.memory import halve
 from insightedit.model.mllm import MultimodalTokens, add_lora, hidden_states, token_logits, without_lora
 from insightedit.model.pipeline import SHARD_SIZE, InsightEditPipeline
 from insightedit.model.stages import STAGES, part_of
@@ -27,7 +28,9 @@ from insightedit.model.weights import (
 )
 
 
-def build_pipeline(config: ModelConfig, dtype: torch.dtype = torch.float32) -> InsightEditPipeline:
+def build_pipeline(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, *, halve_mllm: bool = False
+) -> InsightEditPipeline:
     """The untrained InsightEdit: pretrained sources, and InsightEdit's own parts freshly initialised.
 
     Own parts follow torch's random state. The UNet gets eight input channels, the new ones zero.
@@ -35,12 +38,17 @@ def build_pipeline(config: ModelConfig, dtype: torch.dtype = torch.float32) -> I
     Args:
         config: the model.
         dtype: of all weights; the pretrained ones are read in it, so that there is never a second copy of them.
+        halve_mllm: read the language model as its files have it, and keep it as `halve` does: of 7 billion weights
+            there is then no copy in float32 at any time.
     """
     diffusion = load_diffusion(config.sources, dtype)
     channels = 2 * diffusion["vae"].config.latent_channels
     diffusion["unet"] = InsightEditUNet.from_unet(diffusion["unet"], in_channels=channels)
     image_encoder: Any = load_image_encoder(config.sources, dtype)
-    pipeline = join_parts(config, diffusion, image_encoder, load_mllm(config.sources, dtype))
+    mllm = load_mllm(config.sources, "auto" if halve_mllm else dtype)
+    if halve_mllm:
+        halve(mllm)
+    pipeline = join_parts(config, diffusion, image_encoder, mllm)
     for part in (pipeline.mm_tokens, pipeline.qformer, pipeline.bim, pipeline.adapter):
         nn.Module.to(part, dtype)  # diffusers' own warns of nothing
     return pipeline

@@ -53,6 +53,12 @@ def _call_checkpointed(block: nn.Module, *args: Any) -> Any:
     return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=_contexts)
 
 
+def halve(model: nn.Module) -> None:
+    """Keep a model's matrices and convolutions in bfloat16 and its vectors in float32, in place."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if parameter.dim() >= 2 else torch.float32)
+
+
 def halve_frozen(model: nn.Module) -> None:
     """Keep a model's frozen matrices and convolutions in bfloat16, in place; it then runs under autocast.
 

@@ -104,7 +104,7 @@ def _head(mllm: PreTrainedModel) -> nn.Module:
 def add_lora(mllm: PreTrainedModel, config: LoraConfig) -> None:
     """Put LoRA on the query and value projections of the language model, not of its vision tower.
 
-    The added weights change nothing until they are trained.
+    The added weights change nothing until they are trained, and are float32 whatever the model is in.
     """
     decoder = mllm.get_decoder()
     inside = {id(module) for module in decoder.modules()}
@@ -121,6 +121,9 @@ def add_lora(mllm: PreTrainedModel, config: LoraConfig) -> None:
         ),
         mllm,
     )
+    for name, parameter in mllm.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
 
 
 def without_lora(mllm: PreTrainedModel) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, EulerAncestralDiscreteScheduler, UNet2DConditionModel
@@ -78,8 +78,13 @@ def load_image_processor(sources: SourcesConfig) -> Any:
     return AutoImageProcessor.from_pretrained(sources.image_encoder)
 
 
-def load_mllm(sources: SourcesConfig, dtype: torch.dtype = torch.float32) -> Any:
-    """The language model: what `AutoModelForImageTextToText` loads, or a LLaVA of the authors' own layout."""
+def load_mllm(sources: SourcesConfig, dtype: torch.dtype | Literal["auto"] = torch.float32) -> Any:
+    """The language model: what `AutoModelForImageTextToText` loads, or a LLaVA of the authors' own layout.
+
+    Args:
+        sources: where it is.
+        dtype: of its weights; "auto" is that of its files.
+    """
     original = llava.original_config(sources.mllm)
     if original is None:
         return _load(AutoModelForImageTextToText, "mllm", sources.mllm, dtype)
@@ -102,7 +107,7 @@ def _load(
     part: Any,
     field: str,
     source: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     *,
     subfolder: str = "",
     others: re.Pattern[str] = _NOTHING,

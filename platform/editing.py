@@ -40,15 +40,15 @@ class EditingTask:
     """Fingerprint of the encoders that the shards' features come from; empty where they are encoded while training."""
     validation: DatasetConfig | None
 
-    def build_model(self) -> nn.Module:
-        """The untrained model.
+    def build_model(self, *, halved: bool = False) -> nn.Module:
+        """The untrained model; with `halved`, its language model in bfloat16 from the start.
 
         Raises:
             UsageError: a source of the model cannot be loaded.
             InsightEditError: the shards were encoded by other encoders than the model's.
         """
         try:
-            pipeline = build_pipeline(self.model)
+            pipeline = build_pipeline(self.model, halve_mllm=halved)
         except ValueError as error:
             raise UsageError(str(error)) from error
         if self.encoders and pipeline.encoders.fingerprint() != self.encoders:

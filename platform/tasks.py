@@ -20,8 +20,10 @@ class TrainingTask(Protocol):
         """Names the collate function; equal for equal settings."""
         ...
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, *, halved: bool = False) -> nn.Module:
         """The untrained model, on the CPU, equal in every process that has the same torch seed.
+
+        With `halved`, what no stage trains may be read in bfloat16 at once, as `frozen: bf16` keeps it.
 
         It has `begin_stage(number)`, which chooses what trains, and `forward(batch, stage)`, which returns a
         `LossTerm` for each loss of the stage by name.

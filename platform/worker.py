@@ -192,7 +192,7 @@ class StageWorker:
     def _build(self) -> nn.Module:
         """The model as the stage begins, on the CPU: equal on every rank."""
         torch.manual_seed(self.plan.config.seed)
-        model = self.plan.task.build_model()
+        model = self.plan.task.build_model(halved=self.config.frozen == "bf16")
         if self.number > 1:
             load_weights(model, stage_weights(self.plan, self.number - 1))
         model.begin_stage(self.number)  # pyright: ignore[reportCallIssue] - see TrainingTask.build_model

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import full_size_step
+import layouts
 import pytest
 import tiny_models
 import torch
 import toy_training as toy
+from safetensors.torch import load_file
 from test_model import make_batch
 from test_training import TOLERANCE, plan, reference
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from insightedit.model.attention import use_plain_attention
 from insightedit.model.configuration import ModelConfig
 from insightedit.model.insightedit import InsightEditModel, build_pipeline
-from insightedit.model.memory import checkpoint_activations
+from insightedit.model.memory import checkpoint_activations, halve_frozen
 from insightedit.model.stages import STAGES, part_of
 from insightedit.platform import efficiency
 from insightedit.platform.averages import Averages, averages_name
@@ -89,6 +92,23 @@ def steps(model: nn.Module, stage: int, batch: dict[str, Tensor], **settings: An
     weights = gathered_weights(model, 0)
     engine.destroy()
     return values, weights
+
+
+def test_a_language_model_that_is_halved_as_it_is_read_is_the_same(config: ModelConfig, tmp_path: Path) -> None:
+    layouts.llava_15(tmp_path / "fp16")
+    for file in (tmp_path / "fp16").glob("*.safetensors"):
+        layouts.write(file.parent, {name: x.half() for name, x in load_file(file).items()}, file.name)
+    config = replace(config, sources=replace(config.sources, mllm=str(tmp_path / "fp16")))
+    plain = InsightEditModel(build_pipeline(config), config.lora, config.diffusion)
+    plain.begin_stage(2)
+    halve_frozen(plain.mllm)
+    halved = InsightEditModel(build_pipeline(config, halve_mllm=True), config.lora, config.diffusion)
+    halved.begin_stage(2)
+    expected = dict(plain.mllm.named_parameters())
+    assert {x.dtype for x in expected.values()} == {torch.bfloat16, torch.float32}
+    for name, parameter in halved.mllm.named_parameters():
+        assert (parameter.dtype, parameter.requires_grad) == (expected[name].dtype, expected[name].requires_grad), name
+        assert parameter.requires_grad or torch.equal(parameter, expected[name])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

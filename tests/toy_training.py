@@ -104,7 +104,7 @@ class ToyTask:
     """A folder in which each process notes the seeds of the samples it trains on, a micro-batch a line."""
     key: str = "toy"
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, *, halved: bool = False) -> nn.Module:
         return ToyModel(self.dropout)
 
     def make_collate(self) -> Collate:
