@@ -13,7 +13,7 @@ import httpx
 
 from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
 from insightedit.platform.workdir import Workdir
-from insightedit.serve.schema import ImagesResponse
+from insightedit.serve.answers import ImagesResponse
 from insightedit.serve.state import read_state
 
 KEY_VARIABLE = "INSIGHTEDIT_API_KEY"

@@ -6,35 +6,82 @@ import asyncio
 import base64
 import secrets
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Generator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from insightedit.serve.admission import Admission, Ticket, asked_seconds
-from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, EditOutcome
+from insightedit.serve.answers import CompletedEvent, ImageData, ImagesResponse, PartialImageEvent, Timing, Usage
+from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, EditOutcome, PartialTaker
 from insightedit.serve.door import caller_of
 from insightedit.serve.forms import EditRequest, read_edit_request
 from insightedit.serve.logs import log_edit
 from insightedit.serve.meters import Meters
-from insightedit.serve.schema import (
-    SEED_LIMIT,
-    ApiError,
-    EditFields,
-    ImageData,
-    ImagesResponse,
-    InputTokens,
-    Timing,
-    Usage,
-)
+from insightedit.serve.schema import SEED_LIMIT, ApiError, EditFields
 from insightedit.serve.settings import Limits
-from insightedit.serve.uploads import Pixels, decode_upload, encode_image
+from insightedit.serve.streams import Emit, EventStream, Running, all_or_none, while_client_stays
+from insightedit.serve.uploads import Mask, Pixels, decode_mask, decode_upload, encode_image, finish_image
 
 PROBE_SECONDS = 30.0
 """How long a successful probe edit counts."""
+CLIENT_LEFT = 499
+"""What a request counts as whose client left before its answer; nobody is answered so."""
+
+
+@dataclass(slots=True)
+class Visit:
+    """A request while the gateway has it."""
+
+    request: Request
+    version: str = ""
+    """Of the model; "" until the request has been read."""
+    user: str | None = None
+    """Whom the caller asks for."""
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Since it came."""
+        return time.perf_counter() - self.started
+
+    @property
+    def request_id(self) -> str:
+        """What the caller and the log know it by."""
+        return self.request.state.request_id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """One edit of a request."""
+
+    index: int
+    """Its place among the answer's images."""
+    job: EditJob
+    mask: Mask | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What is to be done for a request: its images decoded, its seeds fixed, so that a retry gives the same images."""
+
+    visit: Visit
+    ticket: Ticket
+    fields: EditFields
+    seed: int
+    pieces: list[Piece]
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A file to send."""
+
+    b64_json: str
+    size: str
 
 
 class EditService:
@@ -52,30 +99,48 @@ class EditService:
         self._proven: set[str] = set()
 
     async def answer(self, request: Request) -> Response:
-        """Answer one `POST /v1/images/edits`."""
-        started = time.perf_counter()
-        version = ""
+        """Answer one `POST /v1/images/edits`, as a whole or as a stream; who leaves has the edits cancelled.
+
+        Raises:
+            ApiError: it is refused, or fails before the first event of its stream.
+            ClientDisconnect: nobody waits for the answer any more.
+        """
+        visit = Visit(request)
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._counted(visit))
+            ticket = stack.enter_context(self._admitted(request))
+            plan = await self._plan(visit, ticket)
+            headers = {"x-insightedit-model-version": visit.version, "x-insightedit-seed": str(plan.seed)}
+            if plan.fields.stream:
+                events = await stack.enter_async_context(Running(lambda emit: self._stream(plan, emit)))
+                # What fails before it has an image is answered with its own status.
+                first = await while_client_stays(request.receive, anext(events))
+                return EventStream(first, events, headers, stack.pop_all())
+            body = await while_client_stays(request.receive, self._whole(plan))
+            headers["x-insightedit-queue-seconds"] = str(body.timing.queue)
+            headers["x-insightedit-compute-seconds"] = str(body.timing.compute)
+            return JSONResponse(body.model_dump(), headers=headers)
+
+    @asynccontextmanager
+    async def _counted(self, visit: Visit) -> AsyncGenerator[None]:
+        status, code = 200, None
         try:
-            with self._admitted(request) as ticket:
-                async with self.admission.reading(ticket):
-                    wanted = await read_edit_request(request, self.limits)
-                ticket.shorten(wanted.fields.timeout)
-                version = self.backend.table.resolve(wanted.fields.model)
-                response = await self._edit(wanted, version, ticket, started)
+            yield
         except ApiError as error:
-            self.meters.rejected.labels(error.code).inc()
-            self._count(request, version, error.status, started, error.code)
+            status, code = error.status, error.code
+            self.meters.rejected.labels(code).inc()
+            raise
+        except (ClientDisconnect, asyncio.CancelledError):
+            status, code = CLIENT_LEFT, "client_left"
             raise
         except Exception:
-            self._count(request, version, 500, started, "internal_error")
+            status, code = 500, "internal_error"
             raise
-        self._count(request, version, 200, started)
-        self.meters.duration.observe(time.perf_counter() - started)
-        return JSONResponse(response.model_dump())
-
-    def _count(self, request: Request, version: str, status: int, started: float, code: str | None = None) -> None:
-        self.meters.requests.labels(status, version).inc()
-        log_edit(caller_of(request).name, version, status, time.perf_counter() - started, code)
+        else:
+            self.meters.duration.observe(visit.seconds)
+        finally:
+            self.meters.requests.labels(status, visit.version).inc()
+            log_edit(caller_of(visit.request).name, visit.version, status, visit.seconds, code, visit.user)
 
     @contextmanager
     def _admitted(self, request: Request) -> Generator[Ticket]:
@@ -83,40 +148,22 @@ class EditService:
             ticket.shorten(asked_seconds(request.headers))
             yield ticket
 
-    async def _edit(self, wanted: EditRequest, version: str, ticket: Ticket, started: float) -> ImagesResponse:
+    # -- what is to be done --------------------------------------------------------------------------------------
+
+    async def _plan(self, visit: Visit, ticket: Ticket) -> Plan:
+        async with self.admission.reading(ticket):
+            wanted = await read_edit_request(visit.request, self.limits)
         fields = wanted.fields
+        visit.user = fields.user
+        ticket.shorten(fields.timeout)
+        visit.version = self.backend.table.resolve(fields.model)
         async with self._decoding:
-            pixels = await asyncio.to_thread(decode_upload, wanted.upload, self.limits)
-        steps = await self._steps(fields, version)
-        height, width = pixels.shape[:2]
-        self.admission.charge(ticket.caller, width * height, steps, fields.n)
-        # Fixed before the first dispatch, so that a retry gives the same image.
+            sources, mask = await asyncio.to_thread(_decode, wanted, self.limits)
+        steps = await self._steps(fields, visit.version)
+        self.admission.charge(ticket.caller, sum(map(_area, sources)), steps, fields.n)
         seed = secrets.randbelow(SEED_LIMIT) if fields.seed is None else fields.seed
-        job = EditJob(
-            prompt=fields.prompt,
-            pixels=pixels,
-            seed=seed,
-            num_inference_steps=fields.num_inference_steps,
-            guidance_scale=fields.guidance_scale,
-            image_guidance_scale=fields.image_guidance_scale,
-            negative_prompt=fields.negative_prompt,
-            priority=ticket.caller.allowance.priority,
-        )
-        outcome = await self._edit_in_turn(version, job, ticket, width * height * steps)
-        self.meters.queue.observe(outcome.queue_seconds)
-        self.meters.step.observe(outcome.edit_seconds / outcome.steps)
-        height, width = outcome.pixels.shape[:2]
-        encoded = await asyncio.to_thread(_encode_edit, outcome.pixels, fields)
-        return ImagesResponse(
-            created=int(time.time()),
-            data=[ImageData(b64_json=encoded)],
-            output_format=fields.output_format,
-            size=f"{width}x{height}",
-            usage=_usage(outcome),
-            model_version=version,
-            seed=seed,
-            timing=_timing(outcome, time.perf_counter() - started),
-        )
+        pieces = _pieces(fields, seed, sources, mask, ticket.caller.allowance.priority)
+        return Plan(visit=visit, ticket=ticket, fields=fields, seed=seed, pieces=pieces, steps=steps)
 
     async def _steps(self, fields: EditFields, version: str) -> int:
         """Steps of an edit; as many as there may be where the version is not there to say how many are its own."""
@@ -127,13 +174,73 @@ class EditService:
         except ApiError:
             return self.limits.steps
 
-    async def _edit_in_turn(self, version: str, job: EditJob, ticket: Ticket, cost: float) -> EditOutcome:
-        """One image, when it is the ticket's turn and before its deadline."""
+    # -- doing it ------------------------------------------------------------------------------------------------
+
+    async def _whole(self, plan: Plan) -> ImagesResponse:
+        made = await all_or_none([self._image(plan, piece) for piece in plan.pieces])
+        outcomes = [outcome for _, outcome in made]
+        images = [
+            ImageData(b64_json=picture.b64_json, seed=piece.job.seed, size=picture.size)
+            for piece, (picture, _) in zip(plan.pieces, made, strict=True)
+        ]
+        return ImagesResponse(
+            created=int(time.time()),
+            data=images,
+            output_format=plan.fields.output_format,
+            size=images[0].size,
+            usage=Usage.of(outcomes),
+            model_version=plan.visit.version,
+            seed=plan.seed,
+            request_id=plan.visit.request_id,
+            timing=Timing.of(outcomes, plan.visit.seconds),
+        )
+
+    async def _stream(self, plan: Plan, emit: Emit[PartialImageEvent | CompletedEvent]) -> None:
+        await all_or_none([self._stream_image(plan, piece, emit) for piece in plan.pieces])
+
+    async def _stream_image(self, plan: Plan, piece: Piece, emit: Emit[PartialImageEvent | CompletedEvent]) -> None:
+        async def on_partial(index: int, pixels: Pixels) -> None:
+            picture = await asyncio.to_thread(_picture, pixels, piece, plan.fields)
+            event = PartialImageEvent(
+                b64_json=picture.b64_json,
+                created_at=int(time.time()),
+                size=picture.size,
+                output_format=plan.fields.output_format,
+                image_index=piece.index,
+                partial_image_index=index,
+            )
+            await emit(event)
+
+        picture, outcome = await self._image(plan, piece, on_partial)
+        event = CompletedEvent(
+            b64_json=picture.b64_json,
+            created_at=int(time.time()),
+            size=picture.size,
+            output_format=plan.fields.output_format,
+            image_index=piece.index,
+            usage=Usage.of([outcome]),
+            model_version=plan.visit.version,
+            seed=piece.job.seed,
+            request_id=plan.visit.request_id,
+            timing=Timing.of([outcome], plan.visit.seconds),
+        )
+        await emit(event)
+
+    async def _image(
+        self, plan: Plan, piece: Piece, on_partial: PartialTaker | None = None
+    ) -> tuple[Picture, EditOutcome]:
+        """One image, when it is the request's turn and before its deadline."""
         begun = time.perf_counter()
-        async with ticket.in_time(), self.admission.place(ticket, cost):
+        cost = _area(piece.job.pixels) * plan.steps
+        async with plan.ticket.in_time(), self.admission.place(plan.ticket, cost):
             waited = time.perf_counter() - begun
-            outcome = await self.backend.edit(version, job)
-        return replace(outcome, queue_seconds=outcome.queue_seconds + waited)
+            outcome = await self.backend.edit(plan.visit.version, piece.job, on_partial)
+        outcome = replace(outcome, queue_seconds=outcome.queue_seconds + waited)
+        self.meters.queue.observe(outcome.queue_seconds)
+        self.meters.step.observe(outcome.edit_seconds / outcome.steps)
+        return await asyncio.to_thread(_picture, outcome.pixels, piece, plan.fields), outcome
+
+    # -- how the server is ---------------------------------------------------------------------------------------
 
     async def _probe_edit(self, version: str, job: EditJob) -> None:
         try:
@@ -188,26 +295,58 @@ class EditService:
             self._probed = time.monotonic()
 
 
-def _encode_edit(pixels: Pixels, fields: EditFields) -> str:
+def _area(pixels: Pixels) -> int:
+    return pixels.shape[0] * pixels.shape[1]
+
+
+def _decode(wanted: EditRequest, limits: Limits) -> tuple[list[Pixels], Mask | None]:
+    """The sources, which together may have as many pixels as one alone, and the mask."""
+    if len(wanted.images) * wanted.fields.n > limits.images:
+        message = (
+            f"n is {wanted.fields.n}, of {len(wanted.images)} images; {limits.images} edits a request are allowed."
+        )
+        raise ApiError(400, "invalid_value", message, "n")
+    sources: list[Pixels] = []
+    left = limits.pixels
+    for upload in wanted.images:
+        sources.append(decode_upload(upload.data, limits, upload.name))
+        left -= _area(sources[-1])
+        if left < 0:
+            message = f"The images have together more than the {limits.pixels} pixels allowed; send fewer at a time."
+            raise ApiError(413, "image_too_large", message, upload.name)
+    if wanted.mask is None:
+        return sources, None
+    return sources, decode_mask(wanted.mask.data, limits, sources[0], wanted.mask.name)
+
+
+def _pieces(fields: EditFields, seed: int, sources: list[Pixels], mask: Mask | None, priority: int) -> list[Piece]:
+    """The edits in the order of the answer: image by image, of each seed by seed. The mask is the first image's."""
+    return [
+        Piece(
+            index=at * fields.n + number,
+            job=EditJob(
+                prompt=fields.prompt,
+                pixels=pixels,
+                seed=(seed + number) % SEED_LIMIT,
+                num_inference_steps=fields.num_inference_steps,
+                guidance_scale=fields.guidance_scale,
+                image_guidance_scale=fields.image_guidance_scale,
+                negative_prompt=fields.negative_prompt,
+                image_branch_scale=fields.image_branch_scale,
+                scheduler=fields.scheduler,
+                priority=priority,
+                partials=fields.partial_images,
+            ),
+            mask=mask if at == 0 else None,
+        )
+        for at, pixels in enumerate(sources)
+        for number in range(fields.n)
+    ]
+
+
+def _picture(pixels: Pixels, piece: Piece, fields: EditFields) -> Picture:
+    finished = finish_image(pixels, piece.job.pixels, piece.mask, fields.output_size)
     quality = 100 if fields.output_compression is None else fields.output_compression
-    return base64.b64encode(encode_image(pixels, fields.output_format, quality)).decode("ascii")
-
-
-def _usage(outcome: EditOutcome) -> Usage:
-    details = InputTokens(text_tokens=outcome.text_tokens, image_tokens=outcome.image_tokens)
-    read = outcome.text_tokens + outcome.image_tokens
-    return Usage(
-        input_tokens=read,
-        input_tokens_details=details,
-        output_tokens=outcome.output_tokens,
-        total_tokens=read + outcome.output_tokens,
-    )
-
-
-def _timing(outcome: EditOutcome, total: float) -> Timing:
-    return Timing(
-        queue=round(outcome.queue_seconds, 4),
-        condition=round(outcome.condition_seconds, 4),
-        edit=round(outcome.edit_seconds, 4),
-        total=round(total, 4),
-    )
+    data = encode_image(finished, fields.output_format, quality)
+    height, width = finished.shape[:2]
+    return Picture(base64.b64encode(data).decode("ascii"), f"{width}x{height}")

@@ -1,70 +1,57 @@
-"""Reads the body of an edit request into an `EditRequest`: bounded, parsed, its fields checked."""
+"""Reads the body of an edit request, a form or JSON, into an `EditRequest`: bounded, parsed, its fields checked."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
 import re
+from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import Any, cast
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from insightedit.serve.schema import ApiError, EditFields, parse_fields
+from insightedit.serve.schema import SOURCES, ApiError, EditFields, ImageRef, parse_form, parse_json
 from insightedit.serve.settings import Limits
 
 _CHARSET = re.compile(r"""charset\s*=\s*["']?([^"';,\s]*)""", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
+class Upload:
+    """A file as it came, and its name in the request: what an error is said of."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class EditRequest:
-    """A request whose form has been read and checked, its image not yet decoded."""
+    """A request whose body has been read and checked, its images not yet decoded."""
 
     fields: EditFields
-    upload: bytes
-
-
-class _FormParser(MultiPartParser):
-    """Starlette's parser, but for fields that are no UTF-8: it would take them for Latin-1."""
-
-    def on_part_end(self) -> None:
-        """Take a part that is complete."""
-        try:
-            self._current_part.data.decode("utf-8")
-        except UnicodeDecodeError:
-            raise MultiPartException(f"{self._current_part.field_name[:80]} is not UTF-8.") from None
-        super().on_part_end()
+    images: tuple[Upload, ...]
+    mask: Upload | None = None
 
 
 async def read_edit_request(request: Request, limits: Limits) -> EditRequest:
-    """Read a multipart body, at most `limits.body_bytes` of it.
+    """Read a body, at most `limits.body_bytes` of it.
 
     Raises:
-        ApiError: 413 for too much, 415 for another kind of body, 400 for a broken form or a wrong field.
+        ApiError: 413 for too much, 415 for another kind of body, 400 for a broken one or a wrong field.
     """
     content_type = request.headers.get("content-type", "")
-    if not content_type.lower().startswith("multipart/form-data"):
-        message = "The body must be multipart/form-data with an image and a prompt."
+    kind = content_type.partition(";")[0].strip().lower()
+    readers = {"multipart/form-data": _read_form, "application/json": _read_json}
+    if kind not in readers:
+        message = "The body must be multipart/form-data with an image and a prompt, or application/json with images."
         raise ApiError(415, "unsupported_media_type", message)
     _check_charset(content_type)
-    parser = _FormParser(
-        request.headers, _bounded_body(request, limits), max_files=8, max_fields=32, max_part_size=2**18
-    )
-    parser.spool_max_size = limits.body_bytes  # Uploads stay in memory.
-    try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        raise ApiError(400, "invalid_form", f"The multipart form cannot be read: {error.message}") from None
-    try:
-        texts, uploads = await _sorted_parts(form)
-    finally:
-        await form.close()
-    fields = parse_fields(texts, limits)
-    if not uploads:
-        raise ApiError(400, "missing_required_parameter", "image is missing; attach one as a file.", "image")
-    if len(uploads) > 1:
-        raise ApiError(400, "invalid_value", f"image is given {len(uploads)} times; send exactly one.", "image")
-    return EditRequest(fields, uploads[0])
+    return await readers[kind](request, limits)
 
 
 def _check_charset(content_type: str) -> None:
@@ -72,23 +59,6 @@ def _check_charset(content_type: str) -> None:
     found = _CHARSET.search(content_type)
     if found and found[1].lower() not in ("utf-8", "utf8"):
         raise ApiError(415, "unsupported_media_type", "The form's charset must be utf-8; leave it out.")
-
-
-async def _sorted_parts(form: FormData) -> tuple[dict[str, str], list[bytes]]:
-    """The form's text fields by name, and the files given as image."""
-    texts: dict[str, str] = {}
-    uploads: list[bytes] = []
-    for name, value in form.multi_items():
-        if name in ("image", "image[]"):
-            uploads.append(await _file_bytes(value))
-        elif not isinstance(value, str):
-            # A file in any other place is named by the field check, as unknown or not supported.
-            texts[name] = ""
-        elif name in texts:
-            raise ApiError(400, "invalid_value", f"{name[:80]} is given more than once.", name[:80])
-        else:
-            texts[name] = value
-    return texts, uploads
 
 
 async def _bounded_body(request: Request, limits: Limits) -> AsyncGenerator[bytes]:
@@ -104,7 +74,108 @@ async def _bounded_body(request: Request, limits: Limits) -> AsyncGenerator[byte
         yield chunk
 
 
-async def _file_bytes(value: UploadFile | str) -> bytes:
+# -- forms -----------------------------------------------------------------------------------------------------------
+
+
+class _FormParser(MultiPartParser):
+    """Starlette's parser, but for fields that are no UTF-8: it would take them for Latin-1."""
+
+    def on_part_end(self) -> None:
+        """Take a part that is complete."""
+        try:
+            self._current_part.data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise MultiPartException(f"{self._current_part.field_name[:80]} is not UTF-8.") from None
+        super().on_part_end()
+
+
+async def _read_form(request: Request, limits: Limits) -> EditRequest:
+    parser = _FormParser(
+        request.headers, _bounded_body(request, limits), max_files=SOURCES + 1, max_fields=32, max_part_size=2**18
+    )
+    parser.spool_max_size = limits.body_bytes  # Uploads stay in memory.
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise ApiError(400, "invalid_form", f"The multipart form cannot be read: {error.message}") from None
+    try:
+        texts, images, masks = await _sorted_parts(form)
+    finally:
+        await form.close()
+    fields = parse_form(texts, limits)
+    if not images:
+        raise ApiError(400, "missing_required_parameter", "image is missing; attach one as a file.", "image")
+    if len(images) > SOURCES:
+        raise ApiError(400, "invalid_value", f"image is given {len(images)} times; send {SOURCES} at most.", "image")
+    if len(masks) > 1:
+        raise ApiError(400, "invalid_value", "mask is given more than once.", "mask")
+    named = tuple(Upload(f"image[{at}]" if len(images) > 1 else "image", data) for at, data in enumerate(images))
+    return EditRequest(fields, named, Upload("mask", masks[0]) if masks else None)
+
+
+async def _sorted_parts(form: FormData) -> tuple[dict[str, str], list[bytes], list[bytes]]:
+    """The form's text fields by name, the files given as image, and those given as mask."""
+    texts: dict[str, str] = {}
+    images: list[bytes] = []
+    masks: list[bytes] = []
+    files = {"image": images, "image[]": images, "mask": masks}
+    for name, value in form.multi_items():
+        if name in files:
+            files[name].append(await _file_bytes(name.removesuffix("[]"), value))
+        elif not isinstance(value, str):
+            # A file in any other place is named by the field check, as unknown or not supported.
+            texts[name] = ""
+        elif name in texts:
+            raise ApiError(400, "invalid_value", f"{name[:80]} is given more than once.", name[:80])
+        else:
+            texts[name] = value
+    return texts, images, masks
+
+
+async def _file_bytes(name: str, value: UploadFile | str) -> bytes:
     if isinstance(value, str):
-        raise ApiError(400, "invalid_value", "image must be sent as a file, with a file name.", "image")
+        raise ApiError(400, "invalid_value", f"{name} must be sent as a file, with a file name.", name)
     return await value.read()
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+
+async def _read_json(request: Request, limits: Limits) -> EditRequest:
+    text = b"".join([chunk async for chunk in _bounded_body(request, limits)])
+    try:
+        content: object = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "invalid_json", "The body cannot be read as JSON.") from None
+    if not isinstance(content, dict):
+        raise ApiError(400, "invalid_json", "The body must be a JSON object with images and a prompt.")
+    body = parse_json(cast(dict[str, object], content), limits)
+    images = tuple(_referenced(image, f"images[{at}].image_url") for at, image in enumerate(body.images))
+    return EditRequest(body, images, _referenced(body.mask, "mask.image_url") if body.mask else None)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0][:80]
+        raise ApiError(400, "invalid_value", f"{twice} is given more than once.", twice)
+    return content
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is not a number in JSON")
+
+
+def _referenced(image: ImageRef, name: str) -> Upload:
+    """The file that a `data:` URL holds."""
+    head, _, payload = image.image_url.partition(",")
+    kind = head.strip().lower()
+    if not kind.startswith("data:"):
+        message = f"{name} is no data: URL; this server fetches nothing, so send the image itself in base64."
+        raise ApiError(400, "unsupported_value", message, name)
+    if not kind.endswith(";base64"):
+        raise ApiError(400, "invalid_value", f"{name} must be in base64, as in data:image/png;base64,....", name)
+    try:
+        return Upload(name, base64.b64decode(payload, validate=True))
+    except (binascii.Error, ValueError):
+        raise ApiError(400, "invalid_value", f"{name} is not valid base64.", name) from None

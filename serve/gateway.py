@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,18 +22,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from insightedit.platform.datasets.shapes_edits import sample_edit
 from insightedit.platform.datasets.shapes_world import render
+from insightedit.serve.answers import EVENTS_SCHEMA, ImagesResponse, component_schemas, request_body
 from insightedit.serve.backend import Backend
 from insightedit.serve.door import Access, Door
 from insightedit.serve.edits import EditService
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import CONTENT_TYPE, Meters
-from insightedit.serve.schema import (
-    SEED_LIMIT,
-    ApiError,
-    ErrorResponse,
-    ImagesResponse,
-    request_body_schema,
-)
+from insightedit.serve.schema import SEED_LIMIT, ApiError, ErrorResponse
 from insightedit.serve.settings import Limits
 from insightedit.serve.uploads import encode_image
 
@@ -78,6 +73,7 @@ class OuterLayer:
         begun = False
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if 0 < len(given) <= 128 else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_headers(message: Message) -> None:
             nonlocal begun
@@ -142,6 +138,16 @@ def _add_health(app: FastAPI, service: EditService) -> None:
     route("/readyz", service.probe, "An edit of one step works; tried at most every half minute.")
 
 
+class _Application(FastAPI):
+    """FastAPI, whose document also has the bodies that the gateway reads by itself."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        if self.openapi_schema is None:
+            super().openapi()["components"]["schemas"].update(component_schemas())
+        return super().openapi()
+
+
 def build_app(
     backend: Backend, limits: Limits, meters: Meters, sets_request_id: bool = True, access: Access | None = None
 ) -> FastAPI:
@@ -156,19 +162,22 @@ def build_app(
     """
     service = EditService(backend, limits, meters)
     # FastAPI's documentation pages load scripts from another host; /openapi.json stays.
-    app = FastAPI(title="InsightEdit", docs_url=None, redoc_url=None)
+    app = _Application(title="InsightEdit", docs_url=None, redoc_url=None)
     if access is not None:
         app.add_middleware(Door, access=access, meters=meters)
     app.add_middleware(OuterLayer, sets_request_id=sets_request_id)
     _add_error_handlers(app)
     _add_health(app, service)
-    errors = {status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 415, 429, 503, 504)}
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 415, 429, 431, 503, 504)
+    }
+    stream = {200: {"content": {"text/event-stream": {"schema": EVENTS_SCHEMA}}}}
 
     @app.post(
         EDIT_PATH,
         response_model=ImagesResponse,
-        responses=errors,  # pyright: ignore[reportArgumentType]  (FastAPI's own type is wider than it needs)
-        openapi_extra={"requestBody": request_body_schema()},
+        responses={**errors, **stream},
+        openapi_extra={"requestBody": request_body()},
     )
     async def create_image_edit(request: Request) -> Response:
         return await service.answer(request)

@@ -22,7 +22,9 @@ def logging_config(settings: ServeSettings) -> dict[str, Any]:
     return {"encoding": "JSON", "logs_dir": settings.log_folder, "enable_access_log": True}
 
 
-def log_edit(caller: str, version: str, status: int, seconds: float, code: str | None = None) -> None:
+def log_edit(
+    caller: str, version: str, status: int, seconds: float, code: str | None = None, user: str | None = None
+) -> None:
     """Write down how an edit request ended.
 
     Args:
@@ -31,6 +33,8 @@ def log_edit(caller: str, version: str, status: int, seconds: float, code: str |
         status: of the answer.
         seconds: from the request's arrival to its answer.
         code: of the error, if it was one.
+        user: whom the caller asks for, in the caller's words.
     """
     extra = {"api_key": caller, "model_version": version, "status": status, "seconds": round(seconds, 4), "code": code}
+    extra["user"] = user
     logger.info("edit", extra=extra)

@@ -25,7 +25,7 @@ class Limits(_Settings):
     body_bytes: Count = 20 * 2**20
     """Size of a whole request, checked before it is parsed."""
     pixels: Count = 16_000_000
-    """Pixels of an uploaded image, checked before it is decoded."""
+    """Pixels of an uploaded image, checked before it is decoded; of a request's images together; of an edit."""
     side: Annotated[int, Field(ge=1, le=16383)] = 8192
     """Longest side of an uploaded image in pixels. WebP holds 16383 at most."""
     aspect: Annotated[float, Field(ge=1)] = 8.0
@@ -34,6 +34,8 @@ class Limits(_Settings):
     """Length of an instruction, and of a negative prompt, in characters."""
     steps: Count = 200
     """Denoising steps of one edit."""
+    images: Count = 16
+    """Edits of one request: the images it sends times its `n`."""
     budget: Count = 2_000_000_000
     """Pixels x steps x images that one request may ask for."""
     in_flight: Count = 16

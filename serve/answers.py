@@ -1,0 +1,174 @@
+"""What the gateway answers: OpenAI's body and events, with what made the images: seeds, version, times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.json_schema import models_json_schema
+
+from insightedit.serve.backend import EditOutcome
+from insightedit.serve.schema import SOURCES, EditBody, EditFields, OutputFormat
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class ImageData(_Answer):
+    """One edited image."""
+
+    b64_json: str
+    seed: int
+    """What made it, with the request's other fields."""
+    size: str
+    """Width and height in pixels, as in `640x480`."""
+
+
+class InputTokens(_Answer):
+    """What the input tokens are."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(_Answer):
+    """What the models read and wrote: positions of the language model, and latent positions denoised."""
+
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, outcomes: Sequence[EditOutcome]) -> Usage:
+        """What some edits took together."""
+        text = sum(outcome.text_tokens for outcome in outcomes)
+        image = sum(outcome.image_tokens for outcome in outcomes)
+        written = sum(outcome.output_tokens for outcome in outcomes)
+        return cls(
+            input_tokens=text + image,
+            input_tokens_details=InputTokens(text_tokens=text, image_tokens=image),
+            output_tokens=written,
+            total_tokens=text + image + written,
+        )
+
+
+class Timing(_Answer):
+    """Where the time went, in seconds. Of several images the first three are added up, though they ran side by side."""
+
+    queue: float
+    condition: float
+    edit: float
+    total: float
+    """From the request's arrival."""
+
+    @classmethod
+    def of(cls, outcomes: Sequence[EditOutcome], total: float) -> Timing:
+        """Of some edits."""
+        return cls(
+            queue=round(sum(outcome.queue_seconds for outcome in outcomes), 4),
+            condition=round(sum(outcome.condition_seconds for outcome in outcomes), 4),
+            edit=round(sum(outcome.edit_seconds for outcome in outcomes), 4),
+            total=round(total, 4),
+        )
+
+    @property
+    def compute(self) -> float:
+        """Seconds of the models' work."""
+        return round(self.condition + self.edit, 4)
+
+
+class _Made(_Answer):
+    """What OpenAI's answers do not have, and a caller needs to get the same image again."""
+
+    model_version: str
+    seed: int
+    request_id: str
+    timing: Timing
+
+
+class ImagesResponse(_Made):
+    """OpenAI's answer."""
+
+    created: int
+    data: list[ImageData]
+    """Image by image, and of each the edits in the order of their seeds."""
+    background: Literal["opaque"] = "opaque"
+    output_format: OutputFormat
+    size: str
+    """Of the first image."""
+    usage: Usage
+
+
+class _Event(_Answer):
+    b64_json: str
+    created_at: int
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: OutputFormat
+    image_index: int
+    """Which image of the request's; an answer that is no stream has them in this order."""
+
+
+class PartialImageEvent(_Event):
+    """An image of the edit in progress."""
+
+    type: Literal["image_edit.partial_image"] = "image_edit.partial_image"
+    partial_image_index: int
+
+
+class CompletedEvent(_Event, _Made):
+    """A finished image."""
+
+    type: Literal["image_edit.completed"] = "image_edit.completed"
+    usage: Usage
+
+
+# -- for the OpenAPI document ----------------------------------------------------------------------------------------
+
+_REFERENCE = "#/components/schemas/{model}"
+EVENTS_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"$ref": _REFERENCE.format(model=name)} for name in ("PartialImageEvent", "CompletedEvent")],
+    "discriminator": {"propertyName": "type"},
+}
+
+
+def component_schemas() -> dict[str, Any]:
+    """Of the request's bodies and the stream's events, by name."""
+    events = [(PartialImageEvent, "serialization"), (CompletedEvent, "serialization")]
+    _, schemas = models_json_schema(events, ref_template=_REFERENCE)  # pyright: ignore[reportArgumentType]
+    json_body = EditBody.model_json_schema(ref_template=_REFERENCE)
+    references = json_body.pop("$defs")
+    for name, schema in json_body["properties"].items():
+        if name not in json_body["required"] and "anyOf" not in schema:
+            described = {key: schema.pop(key) for key in ("default", "description") if key in schema}
+            json_body["properties"][name] = {"anyOf": [schema, {"type": "null"}], **described}
+    return {**schemas["$defs"], **references, "EditForm": _form_schema(), "EditBody": json_body}
+
+
+def _form_schema() -> dict[str, Any]:
+    schema = EditFields.model_json_schema()
+    # A form has no null; who has nothing to say leaves the field out.
+    for name, field in schema["properties"].items():
+        if "anyOf" in field:
+            (given,) = (choice for choice in field.pop("anyOf") if choice.get("type") != "null")
+            schema["properties"][name] = {**given, **field}
+            del schema["properties"][name]["default"]
+    file = {"type": "string", "format": "binary"}
+    several = {"type": "array", "items": file, "minItems": 1, "maxItems": SOURCES}
+    text = "PNG, JPEG or WebP; several are sent as `image[]`, and each is edited by itself."
+    schema["properties"]["image"] = {"anyOf": [file, several], "description": text}
+    text = "A PNG of the first image's size; the image changes where its alpha is 0."
+    schema["properties"]["mask"] = {**file, "description": text}
+    schema["required"] = ["image", "prompt"]
+    return schema
+
+
+def request_body() -> dict[str, Any]:
+    """The bodies that an edit takes."""
+    kinds = {"multipart/form-data": "EditForm", "application/json": "EditBody"}
+    content = {kind: {"schema": {"$ref": _REFERENCE.format(model=name)}} for kind, name in kinds.items()}
+    return {"required": True, "content": content}
