@@ -26,6 +26,7 @@ from insightedit.serve.settings import Limits
 from insightedit.serve.streams import Emit, EventStream, Running, all_or_none, while_client_stays
 from insightedit.serve.uploads import Mask, Pixels, decode_mask, decode_upload, encode_image, finish_image
 
+StreamEvent = PartialImageEvent | CompletedEvent
 PROBE_SECONDS = 30.0
 """How long a successful probe edit counts."""
 CLIENT_LEFT = 499
@@ -112,7 +113,7 @@ class EditService:
             plan = await self._plan(visit, ticket)
             headers = {"x-insightedit-model-version": visit.version, "x-insightedit-seed": str(plan.seed)}
             if plan.fields.stream:
-                events = await stack.enter_async_context(Running(lambda emit: self._stream(plan, emit)))
+                events = await stack.enter_async_context(Running[StreamEvent](lambda emit: self._stream(plan, emit)))
                 # What fails before it has an image is answered with its own status.
                 first = await while_client_stays(request.receive, anext(events))
                 return EventStream(first, events, headers, stack.pop_all())
@@ -195,10 +196,10 @@ class EditService:
             timing=Timing.of(outcomes, plan.visit.seconds),
         )
 
-    async def _stream(self, plan: Plan, emit: Emit[PartialImageEvent | CompletedEvent]) -> None:
+    async def _stream(self, plan: Plan, emit: Emit[StreamEvent]) -> None:
         await all_or_none([self._stream_image(plan, piece, emit) for piece in plan.pieces])
 
-    async def _stream_image(self, plan: Plan, piece: Piece, emit: Emit[PartialImageEvent | CompletedEvent]) -> None:
+    async def _stream_image(self, plan: Plan, piece: Piece, emit: Emit[StreamEvent]) -> None:
         async def on_partial(index: int, pixels: Pixels) -> None:
             picture = await asyncio.to_thread(_picture, pixels, piece, plan.fields)
             event = PartialImageEvent(
