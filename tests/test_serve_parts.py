@@ -118,7 +118,8 @@ def other_server() -> Iterator[str]:
 
 
 GOOD = (
-    b'{"created": 1, "data": [{"b64_json": "aGk="}], "output_format": "png", "size": "1x1", "model_version": "2",'
+    b'{"created": 1, "data": [{"b64_json": "aGk=", "seed": 5, "size": "1x1"}], "request_id": "r",'
+    b'"output_format": "png", "size": "1x1", "model_version": "2",'
     b'"seed": 5, "timing": {"queue": 0, "condition": 0, "edit": 0, "total": 0}, "usage": {"input_tokens": 1,'
     b'"input_tokens_details": {"text_tokens": 1, "image_tokens": 0}, "output_tokens": 1, "total_tokens": 2}}'
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
+import openai
 import psutil
 import pytest
 import torch
@@ -92,6 +94,18 @@ def test_served_bits_are_those_of_the_local_pipeline(served: Served, size: tuple
     assert np.array_equal(pixels(answer.image), np.asarray(local))
     assert (answer.model_version, answer.seed, answer.size) == ("1", 7, f"{size[0]}x{size[1]}")
     assert not np.array_equal(pixels(edit(served, picture(size), seed=8)), np.asarray(local))
+
+
+def test_openais_client_streams_the_same_bytes(served: Served) -> None:
+    client = openai.OpenAI(base_url=f"{served_url(served.workdir)}/v1", api_key="any", max_retries=0)
+    image = ("a.png", png(picture()), "image/png")
+    stream = client.images.edit(
+        image=image, prompt=PROMPT, stream=True, partial_images=2, extra_body={"seed": 7, "num_inference_steps": 8}
+    )
+    *partial, done = list(stream)
+    assert [event.type for event in partial] == ["image_edit.partial_image"] * 2
+    assert len({event.b64_json for event in (*partial, done)}) == 3
+    assert base64.b64decode(done.b64_json) == edit(served, picture(), num_inference_steps=8)
 
 
 def test_settings_reach_the_model(served: Served) -> None:
