@@ -133,6 +133,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_it_sleeps_and_the_first_request_waits_for_it(sleepy: Served) -> None:
     def ask() -> bool:
@@ -145,6 +146,7 @@ def test_it_sleeps_and_the_first_request_waits_for_it(sleepy: Served) -> None:
     assert edit(sleepy, picture(), patience=Patience(retries=0)) == first
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_each_deployment_grows_with_its_own_queue(sleepy: Served) -> None:
     stop = threading.Event()
