@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any
 
 import torch
@@ -164,13 +165,9 @@ class Denoiser:
 
     def _join(self, rows: list[Rows]) -> Rows:
         """Rows one below the other; those of the last step again while nobody joins or leaves."""
-        if self._joined is None or len(self._joined[0]) != len(rows) or any(map(_differ, self._joined[0], rows)):
+        if self._joined is None or len(self._joined[0]) != len(rows) or any(map(is_not, self._joined[0], rows)):
             self._joined = (rows, Rows.joined(rows))
         return self._joined[1]
-
-
-def _differ(one: Rows, other: Rows) -> bool:
-    return one is not other
 
 
 def _kept(edit: Denoising) -> Tensor:

@@ -20,15 +20,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from starlette.requests import Request
+from test_serve_gateway import InvertingBackend
 
-from insightedit.serve.backend import EditJob, EditOutcome, PartialTaker, VersionEntry, VersionInfo, VersionTable
 from insightedit.serve.gateway import EDIT_PATH, build_app
 from insightedit.serve.meters import Meters
 from insightedit.serve.settings import Limits
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-TABLE = VersionTable(default="3", versions={"3": VersionEntry(application="v3", aliases=("champion",))})
-INFO = VersionInfo(resolution=None, num_inference_steps=12, guidance_scale=3, image_guidance_scale=1.2)
 FLEET = {
     "versions": [{"version": "3", "aliases": ["champion"], "default": True, "state": "RUNNING"}],
     "deployments": [
@@ -36,32 +34,6 @@ FLEET = {
         {"name": "Editor", "version": "3", "running": 2, "starting": 1, "ongoing": 4, "queued": 7},
     ],
 }
-
-
-class InvertingBackend:
-    """Turns colours around, by way of partial images where they are wanted."""
-
-    table = TABLE
-
-    async def edit(self, version: str, job: EditJob, on_partial: PartialTaker | None = None) -> EditOutcome:
-        del version
-        for index in range(job.partials if on_partial else 0):
-            assert on_partial is not None
-            await on_partial(index, job.pixels)
-        return EditOutcome(
-            pixels=255 - job.pixels,
-            steps=12,
-            queue_seconds=0.01,
-            condition_seconds=0.02,
-            edit_seconds=0.24,
-            text_tokens=7,
-            image_tokens=64,
-            output_tokens=64,
-        )
-
-    async def describe(self, version: str) -> VersionInfo:
-        del version
-        return INFO
 
 
 class Server:
