@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, ValidationError, model_validator
 
 from insightedit.platform.errors import NotFoundError, UsageError
 
@@ -104,6 +104,22 @@ class EngineSettings(_Settings):
     """Run the whole UNet every so many steps, and in between its last layer alone."""
     guide_every: Count = 1
     """Run the guidance branches without the instruction every so many steps, and add what they gave in between."""
+
+
+ORIGIN = r"(?P<scheme>https?)://(?P<host>\*|(\*\.)?[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?"
+"""What `Destinations.origins` are made of."""
+
+
+class Destinations(_Settings):
+    """Where the server opens connections to because a caller names an address: nowhere, unless it is said here."""
+
+    origins: tuple[Annotated[str, Field(pattern=f"^{ORIGIN}$")], ...] = ()
+    """Schemes and hosts, with a port where it is not the scheme's own: `https://images.example.com`,
+    `https://*.example.com` for what is below that name, `https://*` for every name, `http://10.0.0.7:8080`."""
+    networks: tuple[IPvAnyNetwork, ...] = ()
+    """Networks that those hosts may be in beside the public internet, as in `10.0.0.0/8`."""
+    seconds: Seconds = 10.0
+    """Time for a connection, from looking the name up to the end of the answer."""
 
 
 class ServeSettings(_Settings):
