@@ -18,7 +18,7 @@ from insightedit.platform.config import EvaluationConfig
 from insightedit.platform.datasets.shapes_edits import sample_edit
 from insightedit.platform.datasets.shapes_world import SPLITS, render
 from insightedit.platform.errors import UsageError
-from insightedit.platform.judges import EditScore, judge_edit, shapes_keep_regions
+from insightedit.platform.judges.shapes import EditScore, judge_edit, shapes_keep_regions
 from insightedit.platform.records import encode_png
 from insightedit.platform.results import CaseResult
 
