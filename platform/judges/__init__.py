@@ -16,6 +16,8 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from insightedit.platform import chat
+
 Picture: TypeAlias = NDArray[np.uint8]
 """Pixels (H, W, 3), RGB, as people get them."""
 
@@ -24,9 +26,8 @@ Aspect = Literal["instruction_adherence", "non_overediting", "naturalness", "no_
 ASPECTS: Final[tuple[Aspect, ...]] = get_args(Aspect)
 TOP_SCORE: Final = 5
 
-Reason = Literal["unreachable", "timeout", "overloaded", "server_error", "rejected", "refused", "empty", "unparsable"]
-"""Why an edit has no scores: nobody answered; not in time; 429 until patience ended; 5xx likewise; the request itself
-was answered with 4xx; the model declined; it said nothing; what it said holds no valid scores, asked twice."""
+Reason = Literal[chat.Reason, "unparsable"]
+"""Why an edit has no scores: the model gave no answer, or, asked twice, none with valid scores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -108,9 +108,8 @@ def judge_edit(
 class ShapesJudge:
     """Judges edits of shapes scenes by their truth; see `insightedit.platform.judges.Judge`."""
 
-    identity: Final = "shapes"
-
     def __init__(self) -> None:
+        self.identity = "shapes"
         self.costs = Costs()
 
     def judge(self, edits: Sequence[MadeEdit], progress: Progress | None = None) -> list[Verdict]:
