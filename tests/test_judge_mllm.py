@@ -16,12 +16,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from made_edits import VALUES, made_edits, values_of
 from stand_in_endpoint import Asked, Drop, React, Reaction, Say, Stall, StandIn, Status, in_turn
 
 from insightedit.platform.chat.endpoint import LONGEST_PAUSE, Backoff, ChatEndpoint, retry_after
 from insightedit.platform.config import EndpointConfig
 from insightedit.platform.errors import UsageError
-from insightedit.platform.judges import ASPECTS, Failed, MadeEdit, Scores, Verdict
+from insightedit.platform.judges import ASPECTS, Failed, MadeEdit, Scores
 from insightedit.platform.judges.cache import AnswerCache
 from insightedit.platform.judges.choosing import CACHE, build_judge
 from insightedit.platform.judges.mllm import MllmJudge
@@ -29,14 +30,6 @@ from insightedit.platform.judges.prompts import CONSISTENCY, QUALITY, QUESTIONS,
 from insightedit.platform.workdir import Workdir
 
 QUICK = Backoff(first=0.001, longest=0.002)
-VALUES = {"instruction_adherence": 4, "non_overediting": 3, "naturalness": 5, "no_artifacts": 2}
-
-
-def made_edits(count: int, side: int = 8) -> list[MadeEdit]:
-    """Edits of pictures of noise, no two alike."""
-    rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (count, 2, side, side, 3), dtype=np.uint8)
-    return [MadeEdit(source=one[0], edit=one[1], instruction=f'remove "it" {n}') for n, one in enumerate(pictures)]
 
 
 def question_of(asked: Asked) -> Question:
@@ -65,11 +58,6 @@ def open_judge(url: str, folder: Path, **settings: Any) -> MllmJudge:
         {"endpoint": url, "model": "eyes", "timeout": 30.0, "retries": 3, **settings}
     )
     return MllmJudge(ChatEndpoint(config, QUICK), AnswerCache(folder))
-
-
-def values_of(verdict: Verdict) -> dict[str, int]:
-    assert isinstance(verdict, Scores), verdict
-    return {aspect: getattr(verdict, aspect).value for aspect in ASPECTS}
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------------
