@@ -39,8 +39,10 @@ from insightedit.platform.evaluation import (
     judge,
     shuffled,
     summarise,
+    unit_range,
     write_cases,
 )
+from insightedit.platform.judges.choosing import build_judge
 from insightedit.platform.registry import ModelVersion, Registry
 from insightedit.platform.reports import sheet_rows, write_sheet
 from insightedit.platform.results import RESULTS_FILE, write_results
@@ -161,6 +163,7 @@ def evaluate(
     parent_run: str | None = None,
     before_training: Figures | None = None,
     progress: Progress | None = None,
+    judging: Progress | None = None,
 ) -> EvaluationResult:
     """Judge a pipeline folder, or a model version, whose tags then name the figures.
 
@@ -171,22 +174,28 @@ def evaluate(
         editor: processes that are up already.
         parent_run: the run that made the model.
         before_training: figures of the untrained model, to be kept beside.
-        progress: is told how far it is.
+        progress: is told how far editing is.
+        judging: is told how far the judge is.
 
     Raises:
-        InsightEditError: the version is damaged, or editing failed.
+        InsightEditError: the version is damaged, editing failed, or no edit could be judged.
     """
     registry = Registry(workdir)
     folder = registry.fetch(model) if isinstance(model, ModelVersion) else model
     cases = evaluation_cases(config.evaluation)
-    control = shuffled(cases[: 2 * CONTROL_SCENES])  # two instructions each
+    controls = cases[: 2 * CONTROL_SCENES]  # two instructions each
+    by = build_judge(config.evaluation.judge, workdir)
+    wanted = [*cases, *shuffled(controls)]
     if editor is None:
         with editor_pool(config) as pool:
-            edits = pool.edit(folder, [*cases, *control], progress)
+            edits = pool.edit(folder, wanted, progress)
     else:
-        edits = editor.edit(folder, [*cases, *control], progress)
-    judged = judge(cases, edits[: len(cases)])
-    evaluation = summarise(judged, judge(control, edits[len(cases) :]))
+        edits = editor.edit(folder, wanted, progress)
+    judged = judge(cases, edits[: len(cases)], by, judging)
+    # What another instruction made of a scene is judged by the scene's own.
+    control = judge(controls, edits[len(cases) :], by)
+    copies = judge(controls, (unit_range(case.source) for case in controls), by)
+    evaluation = summarise(judged, control, copies, by)
     evaluation = replace(evaluation, before_training=before_training)
     name = f"version {model.version}" if isinstance(model, ModelVersion) else folder.name
     parent = model.run_id if isinstance(model, ModelVersion) else parent_run
@@ -197,11 +206,16 @@ def evaluate(
 
 
 def evaluate_quickly(
-    folder: Path, config: RunConfig, scenes: int, editor: Editor, progress: Progress | None = None
+    folder: Path,
+    config: RunConfig,
+    workdir: Workdir,
+    scenes: int,
+    editor: Editor,
+    progress: Progress | None = None,
 ) -> Figures:
-    """The overall figures on the first scenes alone, without controls; nothing is kept."""
+    """The overall figures on the first scenes alone, without controls; only a language model's answers are kept."""
     cases = evaluation_cases(config.evaluation, scenes)
-    return figures(judge(cases, editor.edit(folder, cases, progress)))
+    return figures(judge(cases, editor.edit(folder, cases, progress), build_judge(config.evaluation.judge, workdir)))
 
 
 def _track(

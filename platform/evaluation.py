@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,20 @@ from numpy.typing import NDArray
 from insightedit.platform.config import EvaluationConfig
 from insightedit.platform.datasets.shapes_edits import sample_edit
 from insightedit.platform.datasets.shapes_world import SPLITS, render
-from insightedit.platform.errors import UsageError
-from insightedit.platform.judges.shapes import EditScore, judge_edit, shapes_keep_regions
+from insightedit.platform.errors import InsightEditError, UsageError
+from insightedit.platform.judges import (
+    ASPECTS,
+    Costs,
+    Failed,
+    Judge,
+    MadeEdit,
+    Progress,
+    Score,
+    Scores,
+    Truth,
+    Verdict,
+)
+from insightedit.platform.judges.shapes import ShapesJudge, shapes_truth
 from insightedit.platform.records import encode_png
 from insightedit.platform.results import CaseResult
 
@@ -45,7 +57,8 @@ class EditCase:
     """The noise's. Both instructions of a scene have the same."""
     source: NDArray[np.uint8]
     target: NDArray[np.uint8]
-    keep_regions: tuple[NDArray[np.bool_], ...]
+    truth: Truth | None
+    """What the exact judge needs to know; None where only a language model can judge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +67,20 @@ class JudgedEdit:
 
     case: EditCase
     edit: Pixels
-    score: EditScore
+    verdict: Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """Means over some edits. S_i and S_n from 0 to 5, VIEScore (equation 1) from 0 to 1."""
+    """Means over the edits that were judged. S_i and S_n from 0 to 5, VIEScore (equation 1) from 0 to 1."""
 
     edits: int
+    """Those with scores."""
     viescore: float
     instruction: float
     non_overedit: float
+    failed: int = 0
+    """Edits that the judge could not judge, which are in no mean."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +88,7 @@ class Evaluation:
     """How good an editor is on one set of cases. Two evaluations compare only if `cases` is the same in both."""
 
     cases: str
-    """sha256 over scenes, instructions and noise seeds."""
+    """sha256 over scenes, instructions, noise seeds and who judged."""
     scenes: int
     overall: Figures
     simple: Figures
@@ -83,15 +99,19 @@ class Evaluation:
     held_out: Mapping[str, Figures]
     """By what no training scene has shown; `none` holds the rest."""
     copy_baseline: Figures
-    """The source handed back unchanged."""
+    """The source handed back unchanged, on as many of the edits as it says."""
     shuffled: Figures
     """The same editor on instructions of other scenes, on as many of the edits as it says."""
     before_training: Figures | None = None
     """The same model before stage 1, on as many of the edits as it says; None where nobody measured it."""
+    judge: str = "shapes"
+    """Who gave the scores: the exact judge of shapes, or a language model with its settings and questions."""
+    costs: Costs = field(default_factory=Costs)
+    """What asking a language model took, controls included."""
 
     def to_json(self) -> dict[str, Any]:
         """As `report.json` has it: the overall figures stand at the top."""
-        content = asdict(self)
+        content = {**asdict(replace(self, costs=Costs())), "costs": self.costs.to_json()}
         return {"scenes": content.pop("scenes"), **content.pop("overall"), **content}
 
     def tags(self) -> dict[str, str]:
@@ -102,6 +122,7 @@ class Evaluation:
             "non_overedit": f"{self.overall.non_overedit:.6f}",
             "evaluation.cases": self.cases,
             "evaluation.scenes": str(self.scenes),
+            "evaluation.judge": self.judge,
         }
 
     def metrics(self) -> dict[str, float]:
@@ -112,7 +133,12 @@ class Evaluation:
         groups |= {f"held_out.{name}": figures for name, figures in self.held_out.items()}
         groups |= {"copy_baseline": self.copy_baseline, "shuffled": self.shuffled}
         names = ("viescore", "instruction", "non_overedit")
-        return {f"{group}.{name}": getattr(figures, name) for group, figures in groups.items() for name in names}
+        costs = {f"judge.{name}": float(value) for name, value in self.costs.to_json().items() if name != "failures"}
+        return {
+            **{f"{group}.{name}": getattr(figures, name) for group, figures in groups.items() for name in names},
+            **(costs if any(costs.values()) else {}),
+            "all.failed": float(self.overall.failed),
+        }
 
 
 def evaluation_cases(config: EvaluationConfig, scenes: int | None = None) -> list[EditCase]:
@@ -134,7 +160,7 @@ def evaluation_cases(config: EvaluationConfig, scenes: int | None = None) -> lis
         # The numbers of `edit_records`: the same seed means the same scenes there and here.
         edit = sample_edit(config.seed * 2**32 + number, config.split)
         source, target = render(edit.source), render(edit.target)
-        keep_regions = tuple(shapes_keep_regions(edit.source, edit.target))
+        truth = shapes_truth(edit.source, edit.target)
         scene = f"{config.split}-{config.seed}-{number:06d}"
         cases.extend(
             EditCase(
@@ -148,7 +174,7 @@ def evaluation_cases(config: EvaluationConfig, scenes: int | None = None) -> lis
                 seed=number,
                 source=source,
                 target=target,
-                keep_regions=keep_regions,
+                truth=truth,
             )
             for wording, instruction in (("simple", edit.simple), ("advanced", edit.advanced))
         )
@@ -176,31 +202,66 @@ def shuffled(cases: Sequence[EditCase]) -> list[EditCase]:
     return result
 
 
-def judge(cases: Sequence[EditCase], edits: Iterable[Pixels]) -> list[JudgedEdit]:
-    """Score each case's edit (H, W, 3), nothing pasted back."""
-    return [
-        JudgedEdit(case, edit, judge_edit(unit_range(case.source), unit_range(case.target), edit, case.keep_regions))
-        for case, edit in zip(cases, edits, strict=True)
+def judge(
+    cases: Sequence[EditCase], edits: Iterable[Pixels], by: Judge | None = None, progress: Progress | None = None
+) -> list[JudgedEdit]:
+    """Have each case's edit judged as the 8-bit picture that people get, nothing pasted back.
+
+    Args:
+        cases: what was asked for.
+        edits: what was made of it, (H, W, 3) each.
+        by: who judges; the exact judge of shapes if None.
+        progress: is told how many are judged.
+    """
+    made = list(edits)
+    asked = [
+        MadeEdit(source=case.source, edit=pixels_8bit(edit), instruction=case.instruction, truth=case.truth)
+        for case, edit in zip(cases, made, strict=True)
     ]
+    verdicts = (by or ShapesJudge()).judge(asked, progress)
+    return [JudgedEdit(*one) for one in zip(cases, made, verdicts, strict=True)]
 
 
 def figures(judged: Iterable[JudgedEdit]) -> Figures:
-    """Means of the scores of one edit or more."""
-    scores = [(one.score.viescore, one.score.instruction, one.score.non_overedit) for one in judged]
+    """Means of the scores of the edits that have some.
+
+    Raises:
+        InsightEditError: none of them has.
+    """
+    verdicts = [one.verdict for one in judged]
+    scored = [verdict for verdict in verdicts if isinstance(verdict, Scores)]
+    if not scored:
+        reason = next((verdict.detail for verdict in verdicts if isinstance(verdict, Failed)), "There are none.")
+        raise InsightEditError(f"None of {len(verdicts)} edits could be judged: {reason}")
+    scores = [(one.viescore, one.instruction_adherence.value, one.non_overediting.value) for one in scored]
     viescore, instruction, non_overedit = (float(value) for value in np.mean(scores, axis=0))
-    return Figures(edits=len(scores), viescore=viescore, instruction=instruction, non_overedit=non_overedit)
+    return Figures(
+        edits=len(scored),
+        viescore=viescore,
+        instruction=instruction,
+        non_overedit=non_overedit,
+        failed=len(verdicts) - len(scored),
+    )
 
 
-def summarise(judged: Sequence[JudgedEdit], control: Sequence[JudgedEdit]) -> Evaluation:
+def summarise(
+    judged: Sequence[JudgedEdit], control: Sequence[JudgedEdit], copies: Sequence[JudgedEdit], by: Judge | None = None
+) -> Evaluation:
     """Put the figures of an evaluation together.
 
     Args:
         judged: every case's edit.
         control: the edits of `shuffled` cases.
+        copies: cases with their sources as the edits.
+        by: who judged; the exact judge of shapes if None.
+
+    Raises:
+        InsightEditError: nothing could be judged.
     """
     cases = [one.case for one in judged]
+    by = by or ShapesJudge()
     return Evaluation(
-        cases=cases_fingerprint(cases),
+        cases=cases_fingerprint(cases, by.identity),
         scenes=len({case.scene for case in cases}),
         overall=figures(judged),
         simple=figures(one for one in judged if one.case.wording == "simple"),
@@ -208,8 +269,10 @@ def summarise(judged: Sequence[JudgedEdit], control: Sequence[JudgedEdit]) -> Ev
         by_task=_grouped(judged, lambda case: (case.task,)),
         by_form=_grouped([one for one in judged if one.case.wording == "advanced"], lambda case: (case.form,)),
         held_out=_grouped(judged, lambda case: case.held_out or ("none",)),
-        copy_baseline=figures(judge(cases, (unit_range(case.source) for case in cases))),
+        copy_baseline=figures(copies),
         shuffled=figures(control),
+        judge=by.identity,
+        costs=by.costs,
     )
 
 
@@ -223,17 +286,27 @@ def case_results(judged: Iterable[JudgedEdit]) -> list[CaseResult]:
             task=one.case.task,
             wording=one.case.wording,
             instruction=one.case.instruction,
-            instruction_adherence=one.score.instruction,
-            non_overediting=one.score.non_overedit,
-            viescore=one.score.viescore,
+            **_verdict_fields(one.verdict),
         )
         for one in judged
     ]
 
 
-def cases_fingerprint(cases: Iterable[EditCase]) -> str:
-    """A sha256 that is the same only for the same pictures, instructions and noise."""
-    digest = hashlib.sha256()
+def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
+    """What a row of the table says of a verdict."""
+    if isinstance(verdict, Failed):
+        return {"failure": f"judge {verdict.reason}: {verdict.detail}"}
+    scores: dict[str, Score] = {aspect: getattr(verdict, aspect) for aspect in ASPECTS}
+    return {
+        **{aspect: score.value for aspect, score in scores.items()},
+        "viescore": verdict.viescore,
+        "explanations": {aspect: score.explanation for aspect, score in scores.items()},
+    }
+
+
+def cases_fingerprint(cases: Iterable[EditCase], judge: str = "shapes") -> str:
+    """A sha256 that is the same only for the same pictures, instructions, noise and judge."""
+    digest = hashlib.sha256(judge.encode())
     for case in cases:
         digest.update(f"{case.key}\0{case.instruction}\0{case.seed}\0".encode())
         digest.update(case.source.tobytes())
@@ -255,15 +328,23 @@ def write_cases(path: Path, judged: Iterable[JudgedEdit]) -> None:
             "source": encode_png(one.case.source),
             "edit": encode_png(pixels_8bit(one.edit)),
             "target": encode_png(one.case.target),
-            "s_i": one.score.instruction,
-            "s_n": one.score.non_overedit,
-            "s_i_raw": one.score.s_i_raw,
-            "s_n_raw": one.score.s_n_raw,
-            "viescore": one.score.viescore,
+            **_score_columns(one.verdict),
         }
         for one in judged
     ]
     pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def _score_columns(verdict: Verdict) -> dict[str, Any]:
+    """An edit's scores; nulls where it could not be judged, and raw ones only where the judge computes them."""
+    scores = verdict if isinstance(verdict, Scores) else None
+    return {
+        "s_i": scores and scores.instruction_adherence.value,
+        "s_n": scores and scores.non_overediting.value,
+        "s_i_raw": scores and scores.instruction_adherence.raw,
+        "s_n_raw": scores and scores.non_overediting.raw,
+        "viescore": scores and scores.viescore,
+    }
 
 
 def unit_range(pixels: NDArray[np.uint8]) -> Pixels:
@@ -281,4 +362,5 @@ def _grouped(judged: Sequence[JudgedEdit], names: Callable[[EditCase], Iterable[
     for one in judged:
         for name in names(one.case):
             groups.setdefault(name, []).append(one)
-    return {name: figures(groups[name]) for name in sorted(groups)}
+    scored = {name: group for name, group in groups.items() if any(isinstance(one.verdict, Scores) for one in group)}
+    return {name: figures(scored[name]) for name in sorted(scored)}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from insightedit.platform.evaluation import Evaluation, Figures, JudgedEdit, pixels_8bit
+from insightedit.platform.judges import Failed
 
 _INK, _PAPER, _SOFT, _RULE, _ACCENT = "#1d2330", "#ffffff", "#667085", "#e4e7ec", "#2f5bd8"
 _CELL, _GAP, _TEXT_WIDTH = 160, 24, 260
@@ -142,12 +143,17 @@ code {{ font: 0.9em/1.4 ui-monospace, monospace; background: #f5f6f8; padding: 0
 
 def _sheet_row(one: JudgedEdit) -> SheetRow:
     unseen = f", unseen {' and '.join(one.case.held_out)}" if one.case.held_out else ""
+    verdict = one.verdict
+    if isinstance(verdict, Failed):
+        note = f"not judged: {verdict.reason}"
+    else:
+        note = f"S_i {verdict.instruction_adherence.value}, S_n {verdict.non_overediting.value}{unseen}"
     return SheetRow(
         source=one.case.source,
         instruction=one.case.instruction,
         edit=pixels_8bit(one.edit),
         target=one.case.target,
-        note=f"S_i {one.score.instruction}, S_n {one.score.non_overedit}{unseen}",
+        note=note,
     )
 
 

@@ -14,11 +14,12 @@ import pytest
 import ray
 from empty_registry import make_workdir
 from PIL import Image
+from stand_in_endpoint import Asked, Reaction, Say, StandIn, Status, in_turn
 from tiny_models import build_sources, tiny_config
 
 from insightedit.jobs.evaluate import CONTROL_SCENES, Progress, editor_pool, evaluate, evaluate_quickly
 from insightedit.model.insightedit import build_pipeline
-from insightedit.platform.config import EvaluationConfig, RunConfig, load_preset
+from insightedit.platform.config import EndpointConfig, EvaluationConfig, RunConfig, load_preset
 from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.evaluation import (
     EditCase,
@@ -138,12 +139,19 @@ def test_a_perfect_editor_is_evaluated_and_kept(config: RunConfig, cases: list[E
     assert (content["scenes"], content["edits"]) == (SCENES, 2 * SCENES)
     assert (content["viescore"], content["instruction"], content["non_overedit"]) == (1.0, 5.0, 5.0)
     assert content["copy_baseline"]["viescore"] == 0.5
-    assert content["before_training"] == {"edits": 20, "viescore": 0.5, "instruction": 0.0, "non_overedit": 5.0}
+    assert content["before_training"] == {
+        "edits": 20,
+        "viescore": 0.5,
+        "instruction": 0.0,
+        "non_overedit": 5.0,
+        "failed": 0,
+    }
     assert content["shuffled"] == {
         "edits": 2 * CONTROL_SCENES,
         "viescore": 0.5,
         "instruction": 0.0,
         "non_overedit": 5.0,
+        "failed": 0,
     }
     assert content["simple"]["edits"] == content["advanced"]["edits"] == SCENES
     assert sum(group["edits"] for group in content["by_task"].values()) == 2 * SCENES
@@ -178,7 +186,8 @@ def test_real_pipelines_on_ray(config: RunConfig, tmp_path: Path) -> None:
     quick = config.model_copy(update={"evaluation": EvaluationConfig(scenes=4, batch=3)})
     told: list[tuple[int, int]] = []
     with editor_pool(quick) as pool:
-        first = evaluate_quickly(folder, quick, 4, pool, lambda done, total: told.append((done, total)))
+        workdir = make_workdir(tmp_path / "work")
+        first = evaluate_quickly(folder, quick, workdir, 4, pool, lambda done, total: told.append((done, total)))
         cases = evaluation_cases(quick.evaluation)
         edits = pool.edit(folder, cases)
         assert np.array_equal(edits, pool.edit(folder, cases))
@@ -188,3 +197,58 @@ def test_real_pipelines_on_ray(config: RunConfig, tmp_path: Path) -> None:
     assert first == figures(judge(cases, edits))
     assert first.viescore < 0.6
     assert not ray.is_initialized()
+
+
+def test_a_language_model_judges_and_what_it_cannot_judge_is_in_no_mean(config: RunConfig, tmp_path: Path) -> None:
+    """It gives 5 and 3 to all it can; one edit's request is turned down, and every scene's control is judged by its own
+    instruction."""
+    few = evaluation_cases(EvaluationConfig(scenes=3))
+    declined = few[1].instruction
+
+    def react(asked: Asked) -> Reaction:
+        if declined in asked.texts[0].replace("\\", ""):
+            return Status(400, body=b'{"error": {"message": "no thanks"}}')
+        names = ("naturalness", "no_artifacts") if len(asked.pictures) == 1 else ("instruction_adherence",)
+        scores = {name: {"explanation": "So.", "score": 5} for name in names}
+        return Say(json.dumps({"non_overediting": {"explanation": "Well.", "score": 3}, **scores}))
+
+    workdir = make_workdir(tmp_path / "work")
+    with StandIn(react) as endpoint:
+        judge_config = EndpointConfig(endpoint=endpoint.url, model="eyes")
+        asking = config.model_copy(update={"evaluation": EvaluationConfig(scenes=3, judge=judge_config)})
+        told: list[tuple[int, int]] = []
+        result = evaluate(
+            tmp_path / "pipeline",
+            asking,
+            workdir,
+            editor=Oracle(few),
+            judging=lambda done, total: told.append((done, total)),
+        )
+        instructions = {case.instruction for case in few}
+        asked = [one for one in endpoint.asked if len(one.pictures) == 2]
+        assert all(any(json.dumps(text) in one.texts[0] for text in instructions) for one in asked)
+    content = result.evaluation.to_json()
+    assert (content["edits"], content["failed"], content["instruction"], content["viescore"]) == (5, 1, 5.0, 0.8)
+    assert content["copy_baseline"]["failed"] == content["shuffled"]["failed"] == 1
+    assert content["judge"].startswith("eyes ")
+    assert content["costs"]["requests"] == len(endpoint.asked)
+    assert content["costs"]["failures"] == {"rejected": 3}
+    assert told[-1] == (6, 6)
+    client = Registry(workdir).client
+    run = client.get_run(result.run_id)
+    assert (run.data.metrics["all.failed"], run.data.metrics["judge.requests"]) == (1.0, float(len(endpoint.asked)))
+    assert run.data.tags["evaluation.cases"] == cases_fingerprint(few, content["judge"]) != cases_fingerprint(few)
+    results = read_results(Path(client.download_artifacts(result.run_id, RESULTS_FILE)))
+    assert [one.failure for one in results if one.failure] == ["judge rejected: HTTP 400: no thanks"]
+    assert [one.viescore for one in results] == [0.8, None, 0.8, 0.8, 0.8, 0.8]
+    assert results[0].explanations["non_overediting"] == "Well."
+    assert results[1].non_overediting is None
+
+
+def test_where_nothing_can_be_judged_the_evaluation_says_why(config: RunConfig, tmp_path: Path) -> None:
+    few = evaluation_cases(EvaluationConfig(scenes=2))
+    with StandIn(in_turn(Status(400, body=b'{"error": {"message": "no pictures here"}}'))) as endpoint:
+        judge_config = EndpointConfig(endpoint=endpoint.url, model="blind")
+        asking = config.model_copy(update={"evaluation": EvaluationConfig(scenes=2, judge=judge_config)})
+        with pytest.raises(InsightEditError, match="None of 4 edits could be judged: HTTP 400: no pictures here"):
+            evaluate(tmp_path / "pipeline", asking, make_workdir(tmp_path / "work"), editor=Oracle(few))

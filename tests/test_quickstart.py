@@ -129,7 +129,7 @@ def test_the_display_is_live_on_a_terminal() -> None:
 def test_the_report_is_one_file_that_needs_no_other(tmp_path: Path) -> None:
     cases = evaluation_cases(EvaluationConfig(scenes=15))
     judged = judge(cases, (unit_range(case.source) for case in cases))
-    evaluation = summarise(judged, judge(shuffled(cases), (unit_range(case.source) for case in cases)))
+    evaluation = summarise(judged, judge(shuffled(cases), (unit_range(case.source) for case in cases)), judged)
     rows = sheet_rows(judged, 10)
     report = Report(
         title="a <run>",

@@ -442,6 +442,7 @@ def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool,
             run_config,
             open_workdir(),
             progress=lambda done, total: display.at("Evaluation", done, total, named),
+            judging=lambda done, total: display.at("Judging", done, total, named),
         )
     report = result.evaluation.to_json() | {"model": named, "run": result.run_id}
     emit(report, as_json, lambda: _show_evaluation(named, result.evaluation))
@@ -451,7 +452,8 @@ def _show_evaluation(named: str, evaluation: Evaluation) -> Iterable[str]:
     groups = {"all": evaluation.overall, "simple": evaluation.simple, "advanced": evaluation.advanced}
     groups |= {f"task {name}": figures for name, figures in evaluation.by_task.items()}
     groups |= {"source unchanged": evaluation.copy_baseline, "instructions shuffled": evaluation.shuffled}
-    yield f"{named} on {evaluation.scenes} scenes"
+    failed = f", {evaluation.overall.failed} edits not judged" if evaluation.overall.failed else ""
+    yield f"{named} on {evaluation.scenes} scenes, judged by {evaluation.judge}{failed}"
     rows = [
         (name, str(one.edits), f"{one.viescore:.3f}", f"{one.instruction:.2f}", f"{one.non_overedit:.2f}")
         for name, one in groups.items()

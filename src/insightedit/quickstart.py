@@ -174,7 +174,7 @@ def _evaluate(
         return lambda done, total: display.at("Evaluation", done, total, f"{what}, {done} of {total} edits")
 
     def score(folder: Path, what: str) -> Figures:
-        return evaluate_quickly(folder, config, STAGE_SCENES, editor, telling(what))
+        return evaluate_quickly(folder, config, workdir, STAGE_SCENES, editor, telling(what))
 
     untrained = workdir.runs / training.name / "untrained"
     before = score(export_untrained(config, untrained), "before training")
