@@ -172,6 +172,23 @@ def test_the_page_gives_the_same_bytes(served: Served, browser: Browser) -> None
     page.close()
 
 
+def test_a_key_outlives_its_gateway(served: Served) -> None:
+    client = openai.OpenAI(base_url=f"{served_url(served.workdir)}/v1", api_key="any", max_retries=10)
+
+    def post(prompt: str = PROMPT) -> Any:
+        image = ("a.png", png(picture()), "image/png")
+        headers = {"Idempotency-Key": "of this test"}
+        return client.images.with_raw_response.edit(image=image, prompt=prompt, extra_headers=headers)
+
+    first = post()
+    kill(served, "Gateway")
+    again = post()
+    assert again.content == first.content
+    assert again.headers["idempotent-replayed"] == "true"
+    with pytest.raises(openai.UnprocessableEntityError, match="give every request its own"):
+        post("another")
+
+
 def test_settings_reach_the_model(served: Served) -> None:
     options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0, "image_guidance_scale": 1.1}
     local = load_pipeline(served.folder)(
