@@ -33,6 +33,7 @@ from insightedit.platform.evaluation import (
     Figures,
     JudgedEdit,
     Pixels,
+    case_results,
     evaluation_cases,
     figures,
     judge,
@@ -42,6 +43,7 @@ from insightedit.platform.evaluation import (
 )
 from insightedit.platform.registry import ModelVersion, Registry
 from insightedit.platform.reports import sheet_rows, write_sheet
+from insightedit.platform.results import RESULTS_FILE, write_results
 from insightedit.platform.tracking import ensure_experiment, environment_tags
 from insightedit.platform.workdir import Workdir
 
@@ -222,6 +224,7 @@ def _track(
         folder = Path(temporary)
         (folder / "evaluation.json").write_text(json.dumps(evaluation.to_json(), indent=2) + "\n", encoding="utf-8")
         write_cases(folder / "cases.parquet", judged)
+        write_results(folder / RESULTS_FILE, case_results(judged))
         write_sheet(folder / "sheet.png", sheet_rows(judged, SHEET_ROWS))
         client.log_artifacts(run_id, str(folder))
     client.set_terminated(run_id)

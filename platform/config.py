@@ -11,12 +11,23 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from insightedit.model.configuration import ModelConfig, SourcesConfig
 from insightedit.model.stages import STAGES, Part
@@ -33,6 +44,13 @@ def _check_sizes(value: object) -> object:
     if len(numbers) != len(ends) or (ends is value and (len(numbers) != 2 or numbers[0] > numbers[1])):
         raise ValueError("it must be a number from 1 on, or a range [least, most] of them")
     return value
+
+
+def _check_url(value: str) -> str:
+    """Refuse what is no base URL, or holds a secret that would be stored with every run."""
+    if not re.fullmatch(r"https?://[^\s@?#]+", value):
+        raise ValueError("it must be a URL such as http://127.0.0.1:8000/v1, with no user, key or question in it")
+    return value.rstrip("/")
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -221,9 +239,72 @@ class CheckpointsConfig(_Settings):
         return self
 
 
+class EndpointConfig(_Settings):
+    """A multimodal language model behind an OpenAI-compatible endpoint."""
+
+    endpoint: Annotated[str, AfterValidator(_check_url)]
+    """The URL that its clients call the base URL, such as `http://127.0.0.1:8000/v1`; no user or key is in it."""
+    model: Annotated[str, Field(min_length=1)]
+    """What the endpoint calls it."""
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    """The environment variable with the API key. The key itself is never stored."""
+    temperature: Annotated[float, Field(ge=0)] | None = 0.0
+    """The endpoint's own if None."""
+    max_tokens: Count | None = 1024
+    """Most tokens of an answer; the endpoint's own limit if None."""
+    options: dict[str, Any] = {}
+    """More fields of the request's body, such as `response_format` or `seed`."""
+    picture_side: Count = 1024
+    """Pixels to which the longer side of larger pictures is reduced before they are shown."""
+    parallel: Count = 8
+    """Requests at a time."""
+    timeout: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds for one request."""
+    retries: Annotated[int, Field(ge=0)] = 6
+    """Tries after the first, where the endpoint is not to be reached, overloaded or broken."""
+
+
+class LocalModelConfig(_Settings):
+    """A multimodal language model that transformers loads as an `AutoModelForImageTextToText`; it answers greedily."""
+
+    local: Annotated[str, Field(min_length=1)]
+    """Folder or hub id."""
+    max_tokens: Count = 512
+    """Most tokens of an answer."""
+    picture_side: Count = 1024
+    """Pixels to which the longer side of larger pictures is reduced before they are shown."""
+    batch: Count = 1
+    """Questions at a time."""
+
+
+def _judge_kind(value: object) -> str | None:
+    """Which judge a config names, by the field that only that one has."""
+    if value == "shapes":
+        return "[shapes]"
+    if isinstance(value, EndpointConfig) or (isinstance(value, Mapping) and "endpoint" in value):
+        return "[endpoint]"
+    if isinstance(value, LocalModelConfig) or (isinstance(value, Mapping) and "local" in value):
+        return "[local]"
+    return None
+
+
+JudgeConfig = Annotated[
+    Annotated[Literal["shapes"], Tag("[shapes]")]
+    | Annotated[EndpointConfig, Tag("[endpoint]")]
+    | Annotated[LocalModelConfig, Tag("[local]")],
+    Discriminator(
+        _judge_kind,
+        custom_error_type="no_judge",
+        custom_error_message="it must be shapes, or have the field endpoint (a URL, with model) or local (a folder)",
+    ),
+]
+
+
 class EvaluationConfig(_Settings):
     """How a model is judged."""
 
+    judge: JudgeConfig = "shapes"
+    """Who gives the scores: `shapes`, which knows the truth of its scenes, or a multimodal language model."""
     reader: str = "shapes"
     split: str = "test"
     scenes: Count = 200
@@ -511,11 +592,13 @@ def _override(content: dict[Any, Any], override: str) -> None:
 def _sentence(error: ValidationError, path: Path) -> str:
     """The first thing that is wrong, in one sentence that names the field."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"] if part != "[key]"]
+    # What stands in brackets is pydantic's: a mapping's key instead of its value, one of several kinds of a section.
+    location = [str(part) for part in first["loc"] if not str(part).startswith("[")]
     field = ".".join(location) or "the config"
     kind = first["type"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument", "unexpected_property"):
-        near = difflib.get_close_matches(location[-1], _known_fields(location[:-1]), n=3)
+        known = [name for name in _known_fields(location[:-1]) if name != location[-1]]
+        near = difflib.get_close_matches(location[-1], known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "remove it."
         return f"{path.name}: there is no field {field}; {hint}"
     if kind == "missing":
@@ -532,6 +615,11 @@ def _known_fields(section: Sequence[str]) -> list[str]:
     for part in section:
         # Of a mapping, the type of its values.
         kind = get_type_hints(kind).get(part) if isinstance(kind, type) else (get_args(kind) or (None,))[-1]
+    # Of a section of several kinds, the fields of all.
+    return [name for one in (get_args(kind) or (kind,)) for name in _fields_of(one)]
+
+
+def _fields_of(kind: Any) -> list[str]:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return list(kind.model_fields)
     return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

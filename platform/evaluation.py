@@ -18,8 +18,9 @@ from insightedit.platform.config import EvaluationConfig
 from insightedit.platform.datasets.shapes_edits import sample_edit
 from insightedit.platform.datasets.shapes_world import SPLITS, render
 from insightedit.platform.errors import UsageError
-from insightedit.platform.judges import EditScore, judge_edit, shapes_keep_regions
+from insightedit.platform.judges.shapes import EditScore, judge_edit, shapes_keep_regions
 from insightedit.platform.records import encode_png
+from insightedit.platform.results import CaseResult
 
 Pixels = NDArray[np.float32]
 """One picture (H, W, 3), float32 in [0, 1]."""
@@ -30,6 +31,8 @@ class EditCase:
     """One edit to be judged: what is asked for, with which noise, and what would be right."""
 
     key: str
+    scene: str
+    """The source picture's; both instructions of a scene have the same."""
     task: str
     form: str
     """The form of reasoning that the advanced instruction of this scene needs."""
@@ -132,9 +135,11 @@ def evaluation_cases(config: EvaluationConfig, scenes: int | None = None) -> lis
         edit = sample_edit(config.seed * 2**32 + number, config.split)
         source, target = render(edit.source), render(edit.target)
         keep_regions = tuple(shapes_keep_regions(edit.source, edit.target))
+        scene = f"{config.split}-{config.seed}-{number:06d}"
         cases.extend(
             EditCase(
-                key=f"{config.split}-{config.seed}-{number:06d}-{wording}",
+                key=f"{scene}-{wording}",
+                scene=scene,
                 task=edit.task,
                 form=edit.form,
                 wording=wording,
@@ -196,7 +201,7 @@ def summarise(judged: Sequence[JudgedEdit], control: Sequence[JudgedEdit]) -> Ev
     cases = [one.case for one in judged]
     return Evaluation(
         cases=cases_fingerprint(cases),
-        scenes=len({case.seed for case in cases}),
+        scenes=len({case.scene for case in cases}),
         overall=figures(judged),
         simple=figures(one for one in judged if one.case.wording == "simple"),
         advanced=figures(one for one in judged if one.case.wording == "advanced"),
@@ -206,6 +211,24 @@ def summarise(judged: Sequence[JudgedEdit], control: Sequence[JudgedEdit]) -> Ev
         copy_baseline=figures(judge(cases, (unit_range(case.source) for case in cases))),
         shuffled=figures(control),
     )
+
+
+def case_results(judged: Iterable[JudgedEdit]) -> list[CaseResult]:
+    """The rows of an evaluation's table."""
+    return [
+        CaseResult(
+            case=one.case.key,
+            scene=one.case.scene,
+            seed=one.case.seed,
+            task=one.case.task,
+            wording=one.case.wording,
+            instruction=one.case.instruction,
+            instruction_adherence=one.score.instruction,
+            non_overediting=one.score.non_overedit,
+            viescore=one.score.viescore,
+        )
+        for one in judged
+    ]
 
 
 def cases_fingerprint(cases: Iterable[EditCase]) -> str:

@@ -42,11 +42,19 @@ class Usage(_Answer):
     total_tokens: int
 
     @classmethod
-    def of(cls, outcomes: Sequence[EditOutcome]) -> Usage:
+    def of(cls, outcome: EditOutcome) -> Usage:
+        """What an edit took."""
+        return cls._sum(outcome.text_tokens, outcome.image_tokens, outcome.output_tokens)
+
+    @classmethod
+    def total(cls, parts: Sequence[Usage]) -> Usage:
         """What some edits took together."""
-        text = sum(outcome.text_tokens for outcome in outcomes)
-        image = sum(outcome.image_tokens for outcome in outcomes)
-        written = sum(outcome.output_tokens for outcome in outcomes)
+        details = [part.input_tokens_details for part in parts]
+        text, image = sum(one.text_tokens for one in details), sum(one.image_tokens for one in details)
+        return cls._sum(text, image, sum(part.output_tokens for part in parts))
+
+    @classmethod
+    def _sum(cls, text: int, image: int, written: int) -> Usage:
         return cls(
             input_tokens=text + image,
             input_tokens_details=InputTokens(text_tokens=text, image_tokens=image),
@@ -65,13 +73,23 @@ class Timing(_Answer):
     """From the request's arrival."""
 
     @classmethod
-    def of(cls, outcomes: Sequence[EditOutcome], total: float) -> Timing:
-        """Of some edits."""
+    def of(cls, outcome: EditOutcome, total: float) -> Timing:
+        """Of an edit."""
         return cls(
-            queue=round(sum(outcome.queue_seconds for outcome in outcomes), 4),
-            condition=round(sum(outcome.condition_seconds for outcome in outcomes), 4),
-            edit=round(sum(outcome.edit_seconds for outcome in outcomes), 4),
+            queue=round(outcome.queue_seconds, 4),
+            condition=round(outcome.condition_seconds, 4),
+            edit=round(outcome.edit_seconds, 4),
             total=round(total, 4),
+        )
+
+    @classmethod
+    def together(cls, parts: Sequence[Timing]) -> Timing:
+        """Of some edits of one request."""
+        return cls(
+            queue=round(sum(part.queue for part in parts), 4),
+            condition=round(sum(part.condition for part in parts), 4),
+            edit=round(sum(part.edit for part in parts), 4),
+            total=max(part.total for part in parts),
         )
 
     @property
@@ -87,19 +105,6 @@ class _Made(_Answer):
     seed: int
     request_id: str
     timing: Timing
-
-
-class ImagesResponse(_Made):
-    """OpenAI's answer."""
-
-    created: int
-    data: list[ImageData]
-    """Image by image, and of each the edits in the order of their seeds."""
-    background: Literal["opaque"] = "opaque"
-    output_format: OutputFormat
-    size: str
-    """Of the first image."""
-    usage: Usage
 
 
 class _Event(_Answer):
@@ -125,6 +130,35 @@ class CompletedEvent(_Event, _Made):
 
     type: Literal["image_edit.completed"] = "image_edit.completed"
     usage: Usage
+
+
+class ImagesResponse(_Made):
+    """OpenAI's answer."""
+
+    created: int
+    data: list[ImageData]
+    """Image by image, and of each the edits in the order of their seeds."""
+    background: Literal["opaque"] = "opaque"
+    output_format: OutputFormat
+    size: str
+    """Of the first image."""
+    usage: Usage
+
+    @classmethod
+    def of(cls, images: Sequence[CompletedEvent]) -> ImagesResponse:
+        """The answer that has these images, in the order of their indices."""
+        first = images[0]
+        return cls(
+            created=max(image.created_at for image in images),
+            data=[ImageData(b64_json=image.b64_json, seed=image.seed, size=image.size) for image in images],
+            output_format=first.output_format,
+            size=first.size,
+            usage=Usage.total([image.usage for image in images]),
+            model_version=first.model_version,
+            seed=first.seed,
+            request_id=first.request_id,
+            timing=Timing.together([image.timing for image in images]),
+        )
 
 
 # -- for the OpenAPI document ----------------------------------------------------------------------------------------

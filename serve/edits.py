@@ -9,16 +9,18 @@ import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from insightedit.serve.admission import Admission, Ticket, asked_seconds
-from insightedit.serve.answers import CompletedEvent, ImageData, ImagesResponse, PartialImageEvent, Timing, Usage
-from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, EditOutcome, PartialTaker
+from insightedit.serve.answers import CompletedEvent, ImagesResponse, PartialImageEvent, Timing, Usage
+from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, PartialTaker
 from insightedit.serve.door import caller_of
 from insightedit.serve.forms import EditRequest, read_edit_request
+from insightedit.serve.idempotency import REPLAYED_HEADER, Claim, IdempotencyKeys, KeyedRequest, fingerprint, key_of
 from insightedit.serve.logs import log_edit
 from insightedit.serve.meters import Meters
 from insightedit.serve.schema import SEED_LIMIT, ApiError, EditFields
@@ -40,6 +42,10 @@ class Visit:
     request: Request
     version: str = ""
     """Of the model; "" until the request has been read."""
+    seed: int = 0
+    """Likewise."""
+    replayed: bool = False
+    """Whether its answer was there already, under its key."""
     user: str | None = None
     """Whom the caller asks for."""
     started: float = field(default_factory=time.perf_counter)
@@ -54,6 +60,22 @@ class Visit:
         """What the caller and the log know it by."""
         return self.request.state.request_id
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What its answer's headers say."""
+        replayed = {REPLAYED_HEADER: "true"} if self.replayed else {}
+        return {"x-insightedit-model-version": self.version, "x-insightedit-seed": str(self.seed), **replayed}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What a request asks for, its images decoded."""
+
+    request: EditRequest
+    sources: list[Pixels]
+    mask: Mask | None
+    fingerprint: str
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
@@ -67,12 +89,12 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What is to be done for a request: its images decoded, its seeds fixed, so that a retry gives the same images."""
+    """What is to be done for a request: its seeds and version fixed, so that a retry gives the same images."""
 
     visit: Visit
     ticket: Ticket
+    claim: Claim
     fields: EditFields
-    seed: int
     pieces: list[Piece]
     steps: int
 
@@ -88,10 +110,11 @@ class Picture:
 class EditService:
     """Answers edit requests: admitted, in fair turn, in time."""
 
-    def __init__(self, backend: Backend, limits: Limits, meters: Meters) -> None:
+    def __init__(self, backend: Backend, limits: Limits, meters: Meters, keys: IdempotencyKeys) -> None:
         self.backend = backend
         self.limits = limits
         self.meters = meters
+        self.keys = keys
         self.admission = Admission(limits)
         # A decoded image may be a hundred times its file: two at a time bound the memory.
         self._decoding = asyncio.Semaphore(2)
@@ -110,17 +133,21 @@ class EditService:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._counted(visit))
             ticket = stack.enter_context(self._admitted(request))
-            plan = await self._plan(visit, ticket)
-            headers = {"x-insightedit-model-version": visit.version, "x-insightedit-seed": str(plan.seed)}
-            if plan.fields.stream:
-                events = await stack.enter_async_context(Running[StreamEvent](lambda emit: self._stream(plan, emit)))
+            key = key_of(request.headers)
+            wanted = await self._read(visit, ticket)
+            if wanted.request.fields.stream:
+                work = partial(self._edits, visit, ticket, wanted, key)
+                events = await stack.enter_async_context(Running[StreamEvent](work))
                 # What fails before it has an image is answered with its own status.
                 first = await while_client_stays(request.receive, anext(events))
-                return EventStream(first, events, headers, stack.pop_all())
-            body = await while_client_stays(request.receive, self._whole(plan))
-            headers["x-insightedit-queue-seconds"] = str(body.timing.queue)
-            headers["x-insightedit-compute-seconds"] = str(body.timing.compute)
-            return JSONResponse(body.model_dump(), headers=headers)
+                return EventStream(first, events, visit.headers, stack.pop_all())
+            images = await while_client_stays(request.receive, self._edits(visit, ticket, wanted, key))
+            body = ImagesResponse.of(images)
+            headers = {
+                "x-insightedit-queue-seconds": str(body.timing.queue),
+                "x-insightedit-compute-seconds": str(body.timing.compute),
+            }
+            return JSONResponse(body.model_dump(), headers={**visit.headers, **headers})
 
     @asynccontextmanager
     async def _counted(self, visit: Visit) -> AsyncGenerator[None]:
@@ -151,20 +178,39 @@ class EditService:
 
     # -- what is to be done --------------------------------------------------------------------------------------
 
-    async def _plan(self, visit: Visit, ticket: Ticket) -> Plan:
+    async def _read(self, visit: Visit, ticket: Ticket) -> Wanted:
         async with self.admission.reading(ticket):
-            wanted = await read_edit_request(visit.request, self.limits)
-        fields = wanted.fields
-        visit.user = fields.user
-        ticket.shorten(fields.timeout)
-        visit.version = self.backend.table.resolve(fields.model)
+            request = await read_edit_request(visit.request, self.limits)
+        visit.user = request.fields.user
+        ticket.shorten(request.fields.timeout)
+        visit.version = self.backend.table.resolve(request.fields.model)
         async with self._decoding:
-            sources, mask = await asyncio.to_thread(_decode, wanted, self.limits)
-        steps = await self._steps(fields, visit.version)
-        self.admission.charge(ticket.caller, sum(map(_area, sources)), steps, fields.n)
+            return await asyncio.to_thread(_decode, request, self.limits)
+
+    @asynccontextmanager
+    async def _claimed(self, visit: Visit, wanted: Wanted, key: str | None) -> AsyncGenerator[Claim]:
+        """Seed and version, fixed now or by an earlier request under the same key."""
+        fields = wanted.request.fields
         seed = secrets.randbelow(SEED_LIMIT) if fields.seed is None else fields.seed
-        pieces = _pieces(fields, seed, sources, mask, ticket.caller.allowance.priority)
-        return Plan(visit=visit, ticket=ticket, fields=fields, seed=seed, pieces=pieces, steps=steps)
+        if key is None:
+            yield Claim(seed, visit.version)
+            return
+        scope = caller_of(visit.request).name
+        keyed = KeyedRequest(scope, key, wanted.fingerprint, len(wanted.sources) * fields.n)
+        async with self.keys.claimed(keyed, seed, visit.version) as claim:
+            yield claim
+
+    async def _plan(self, visit: Visit, ticket: Ticket, wanted: Wanted, claim: Claim) -> Plan:
+        if claim.version not in self.backend.table.versions:
+            message = (
+                f"Model version {claim.version}, which this Idempotency-Key has, is not served any more; use a new key."
+            )
+            raise ApiError(410, "version_gone", message, "Idempotency-Key")
+        fields = wanted.request.fields
+        steps = await self._steps(fields, claim.version)
+        self.admission.charge(ticket.caller, sum(map(_area, wanted.sources)), steps, fields.n)
+        pieces = _pieces(fields, claim.seed, wanted.sources, wanted.mask, ticket.caller.allowance.priority)
+        return Plan(visit=visit, ticket=ticket, claim=claim, fields=fields, pieces=pieces, steps=steps)
 
     async def _steps(self, fields: EditFields, version: str) -> int:
         """Steps of an edit; as many as there may be where the version is not there to say how many are its own."""
@@ -177,69 +223,60 @@ class EditService:
 
     # -- doing it ------------------------------------------------------------------------------------------------
 
-    async def _whole(self, plan: Plan) -> ImagesResponse:
-        made = await all_or_none([self._image(plan, piece) for piece in plan.pieces])
-        outcomes = [outcome for _, outcome in made]
-        images = [
-            ImageData(b64_json=picture.b64_json, seed=piece.job.seed, size=picture.size)
-            for piece, (picture, _) in zip(plan.pieces, made, strict=True)
-        ]
-        return ImagesResponse(
-            created=int(time.time()),
-            data=images,
-            output_format=plan.fields.output_format,
-            size=images[0].size,
-            usage=Usage.of(outcomes),
-            model_version=plan.visit.version,
-            seed=plan.seed,
-            request_id=plan.visit.request_id,
-            timing=Timing.of(outcomes, plan.visit.seconds),
-        )
+    async def _edits(
+        self, visit: Visit, ticket: Ticket, wanted: Wanted, key: str | None, emit: Emit[StreamEvent] | None = None
+    ) -> list[CompletedEvent]:
+        """The images of a request: made now, or kept from when they were made under the same key.
 
-    async def _stream(self, plan: Plan, emit: Emit[StreamEvent]) -> None:
-        await all_or_none([self._stream_image(plan, piece, emit) for piece in plan.pieces])
+        Args:
+            visit: the request.
+            ticket: its own.
+            wanted: what it asks for.
+            key: what it is sent under.
+            emit: takes images in progress, and every finished one as soon as it is kept.
+        """
+        async with AsyncExitStack() as stack:
+            async with ticket.in_time():
+                claim = await stack.enter_async_context(self._claimed(visit, wanted, key))
+            visit.version, visit.seed = claim.version, claim.seed
+            if claim.kept is None:
+                plan = await self._plan(visit, ticket, wanted, claim)
+                return await all_or_none([self._image(plan, piece, emit) for piece in plan.pieces])
+        visit.replayed = True
+        self.meters.replayed.inc()
+        if emit is not None:
+            for image in claim.kept:
+                await emit(image)
+        return claim.kept
 
-    async def _stream_image(self, plan: Plan, piece: Piece, emit: Emit[StreamEvent]) -> None:
-        async def on_partial(index: int, pixels: Pixels) -> None:
-            picture = await asyncio.to_thread(_picture, pixels, piece, plan.fields)
-            event = PartialImageEvent(
-                b64_json=picture.b64_json,
-                created_at=int(time.time()),
-                size=picture.size,
-                output_format=plan.fields.output_format,
-                image_index=piece.index,
-                partial_image_index=index,
-            )
-            await emit(event)
-
-        picture, outcome = await self._image(plan, piece, on_partial)
-        event = CompletedEvent(
+    async def _image(self, plan: Plan, piece: Piece, emit: Emit[StreamEvent] | None) -> CompletedEvent:
+        """One image, when it is the request's turn and before its deadline."""
+        begun = time.perf_counter()
+        cost = _area(piece.job.pixels) * plan.steps
+        on_partial = None if emit is None else _partial_taker(plan.fields, piece, emit)
+        async with plan.ticket.in_time(), self.admission.place(plan.ticket, cost):
+            waited = time.perf_counter() - begun
+            outcome = await self.backend.edit(plan.claim.version, piece.job, on_partial)
+        outcome = replace(outcome, queue_seconds=outcome.queue_seconds + waited)
+        self.meters.queue.observe(outcome.queue_seconds)
+        self.meters.step.observe(outcome.edit_seconds / outcome.steps)
+        picture = await asyncio.to_thread(_picture, outcome.pixels, piece, plan.fields)
+        image = CompletedEvent(
             b64_json=picture.b64_json,
             created_at=int(time.time()),
             size=picture.size,
             output_format=plan.fields.output_format,
             image_index=piece.index,
-            usage=Usage.of([outcome]),
-            model_version=plan.visit.version,
+            usage=Usage.of(outcome),
+            model_version=plan.claim.version,
             seed=piece.job.seed,
             request_id=plan.visit.request_id,
-            timing=Timing.of([outcome], plan.visit.seconds),
+            timing=Timing.of(outcome, plan.visit.seconds),
         )
-        await emit(event)
-
-    async def _image(
-        self, plan: Plan, piece: Piece, on_partial: PartialTaker | None = None
-    ) -> tuple[Picture, EditOutcome]:
-        """One image, when it is the request's turn and before its deadline."""
-        begun = time.perf_counter()
-        cost = _area(piece.job.pixels) * plan.steps
-        async with plan.ticket.in_time(), self.admission.place(plan.ticket, cost):
-            waited = time.perf_counter() - begun
-            outcome = await self.backend.edit(plan.visit.version, piece.job, on_partial)
-        outcome = replace(outcome, queue_seconds=outcome.queue_seconds + waited)
-        self.meters.queue.observe(outcome.queue_seconds)
-        self.meters.step.observe(outcome.edit_seconds / outcome.steps)
-        return await asyncio.to_thread(_picture, outcome.pixels, piece, plan.fields), outcome
+        kept = await plan.claim.keep(image)
+        if emit is not None:
+            await emit(kept)
+        return kept
 
     # -- how the server is ---------------------------------------------------------------------------------------
 
@@ -300,8 +337,8 @@ def _area(pixels: Pixels) -> int:
     return pixels.shape[0] * pixels.shape[1]
 
 
-def _decode(wanted: EditRequest, limits: Limits) -> tuple[list[Pixels], Mask | None]:
-    """The sources, which together may have as many pixels as one alone, and the mask."""
+def _decode(wanted: EditRequest, limits: Limits) -> Wanted:
+    """Read the sources, which together may have as many pixels as one alone, and the mask."""
     if len(wanted.images) * wanted.fields.n > limits.images:
         message = (
             f"n is {wanted.fields.n}, of {len(wanted.images)} images; {limits.images} edits a request are allowed."
@@ -315,9 +352,8 @@ def _decode(wanted: EditRequest, limits: Limits) -> tuple[list[Pixels], Mask | N
         if left < 0:
             message = f"The images have together more than the {limits.pixels} pixels allowed; send fewer at a time."
             raise ApiError(413, "image_too_large", message, upload.name)
-    if wanted.mask is None:
-        return sources, None
-    return sources, decode_mask(wanted.mask.data, limits, sources[0], wanted.mask.name)
+    mask = None if wanted.mask is None else decode_mask(wanted.mask.data, limits, sources[0], wanted.mask.name)
+    return Wanted(request=wanted, sources=sources, mask=mask, fingerprint=fingerprint(wanted))
 
 
 def _pieces(fields: EditFields, seed: int, sources: list[Pixels], mask: Mask | None, priority: int) -> list[Piece]:
@@ -345,9 +381,24 @@ def _pieces(fields: EditFields, seed: int, sources: list[Pixels], mask: Mask | N
     ]
 
 
+def _partial_taker(fields: EditFields, piece: Piece, emit: Emit[StreamEvent]) -> PartialTaker:
+    async def take(index: int, pixels: Pixels) -> None:
+        picture = await asyncio.to_thread(_picture, pixels, piece, fields)
+        event = PartialImageEvent(
+            b64_json=picture.b64_json,
+            created_at=int(time.time()),
+            size=picture.size,
+            output_format=fields.output_format,
+            image_index=piece.index,
+            partial_image_index=index,
+        )
+        await emit(event)
+
+    return take
+
+
 def _picture(pixels: Pixels, piece: Piece, fields: EditFields) -> Picture:
     finished = finish_image(pixels, piece.job.pixels, piece.mask, fields.output_size)
-    quality = 100 if fields.output_compression is None else fields.output_compression
-    data = encode_image(finished, fields.output_format, quality)
+    data = encode_image(finished, fields.output_format, fields.file_quality)
     height, width = finished.shape[:2]
     return Picture(base64.b64encode(data).decode("ascii"), f"{width}x{height}")

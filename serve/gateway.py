@@ -26,10 +26,12 @@ from insightedit.serve.answers import EVENTS_SCHEMA, ImagesResponse, component_s
 from insightedit.serve.backend import Backend
 from insightedit.serve.door import Access, Door
 from insightedit.serve.edits import EditService
+from insightedit.serve.idempotency import KEY_PARAMETER, IdempotencyKeys
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import CONTENT_TYPE, Meters
 from insightedit.serve.schema import SEED_LIMIT, ApiError, ErrorResponse
-from insightedit.serve.settings import Limits
+from insightedit.serve.settings import Limits, StateSettings
+from insightedit.serve.state_store import SqliteStore
 from insightedit.serve.uploads import encode_image
 
 logger = logging.getLogger(LOGGER)
@@ -149,7 +151,12 @@ class _Application(FastAPI):
 
 
 def build_app(
-    backend: Backend, limits: Limits, meters: Meters, sets_request_id: bool = True, access: Access | None = None
+    backend: Backend,
+    limits: Limits,
+    meters: Meters,
+    sets_request_id: bool = True,
+    access: Access | None = None,
+    keys: IdempotencyKeys | None = None,
 ) -> FastAPI:
     """The whole HTTP interface over some backend.
 
@@ -159,8 +166,12 @@ def build_app(
         meters: where to count.
         sets_request_id: whether to answer with `x-request-id`; Serve's own proxy does so already.
         access: who may come in; anybody without it.
+        keys: what is kept of requests under an `Idempotency-Key`; without it, in this process alone.
     """
-    service = EditService(backend, limits, meters)
+    if keys is None:
+        settings = StateSettings()
+        keys = IdempotencyKeys(SqliteStore(":memory:", settings.bytes), settings)
+    service = EditService(backend, limits, meters, keys)
     # FastAPI's documentation pages load scripts from another host; /openapi.json stays.
     app = _Application(title="InsightEdit", docs_url=None, redoc_url=None)
     if access is not None:
@@ -169,7 +180,7 @@ def build_app(
     _add_error_handlers(app)
     _add_health(app, service)
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 415, 429, 431, 503, 504)
+        status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 410, 413, 415, 422, 429, 431, 503, 504)
     }
     stream = {200: {"content": {"text/event-stream": {"schema": EVENTS_SCHEMA}}}}
 
@@ -177,7 +188,7 @@ def build_app(
         EDIT_PATH,
         response_model=ImagesResponse,
         responses={**errors, **stream},
-        openapi_extra={"requestBody": request_body()},
+        openapi_extra={"requestBody": request_body(), "parameters": [KEY_PARAMETER]},
     )
     async def create_image_edit(request: Request) -> Response:
         return await service.answer(request)

@@ -35,6 +35,11 @@ class Meters:
             ["reason"],
             registry=self._registry,
         )
+        self.replayed = Counter(
+            "insightedit_edit_replayed",
+            "Edit requests answered with what was kept under their Idempotency-Key.",
+            registry=self._registry,
+        )
         self.duration = self._histogram("duration", "Time from the request's arrival to its answer.")
         self.queue = self._histogram("queue", "Time an edit waited for a conditioner and an editor.")
         self.step = self._histogram("step", "Time of one denoising step, encoding and decoding shared out over them.")

@@ -15,6 +15,7 @@ from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivat
 from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
 from starlette.types import ASGIApp
 
+from insightedit.platform.workdir import Workdir
 from insightedit.serve.backend import (
     Conditions,
     Edited,
@@ -28,10 +29,12 @@ from insightedit.serve.backend import (
 from insightedit.serve.door import Access
 from insightedit.serve.fleet import FleetStatus, fleet_status
 from insightedit.serve.gateway import build_app
+from insightedit.serve.idempotency import IdempotencyKeys
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import Meters
 from insightedit.serve.schema import ApiError, overloaded
 from insightedit.serve.settings import Limits, ServeSettings
+from insightedit.serve.state_store import open_store
 
 logger = logging.getLogger(LOGGER)
 Result = TypeVar("Result")
@@ -174,6 +177,8 @@ class Gateway:
         self._access = Access.of(own)
         self._meters = Meters()
         self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits, self._meters)
+        store = open_store(own.state.url, Workdir.open().root / "state.db", own.state.bytes)
+        self._keys = IdempotencyKeys(store, own.state)
 
     def reconfigure(self, table: dict[str, Any]) -> None:
         """Take another version table, as plain data."""
@@ -181,7 +186,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve puts behind the route."""
-        app = build_app(self._backend, self._limits, self._meters, sets_request_id=False, access=self._access)
+        app = build_app(self._backend, self._limits, self._meters, False, self._access, self._keys)
         app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
         return app
 

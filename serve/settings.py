@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, ValidationError, model_validator
 
 from insightedit.platform.errors import NotFoundError, UsageError
 
@@ -106,6 +106,44 @@ class EngineSettings(_Settings):
     """Run the guidance branches without the instruction every so many steps, and add what they gave in between."""
 
 
+ORIGIN = r"(?P<scheme>https?)://(?P<host>\*|(\*\.)?[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?"
+"""What `Destinations.origins` are made of."""
+
+
+class Destinations(_Settings):
+    """Where the server opens connections to because a caller names an address: nowhere, unless it is said here."""
+
+    origins: tuple[Annotated[str, Field(pattern=f"^{ORIGIN}$")], ...] = ()
+    """Schemes and hosts, with a port where it is not the scheme's own: `https://images.example.com`,
+    `https://*.example.com` for what is below that name, `https://*` for every name, `http://10.0.0.7:8080`."""
+    networks: tuple[IPvAnyNetwork, ...] = ()
+    """Networks that those hosts may be in beside the public internet, as in `10.0.0.0/8`."""
+    seconds: Seconds = 10.0
+    """Time for a connection, from looking the name up to the end of the answer."""
+
+
+class StateSettings(_Settings):
+    """What gateways keep of requests so that they can be repeated, and where: see `state_store`."""
+
+    url: Annotated[str, Field(pattern=r"^(rediss?|unix)://")] | None = None
+    """A Redis that gateways of several machines share, as in `redis://host:6379/0`; a file in the work folder without
+    it, which gateways of one machine share."""
+    bytes: Count = 2**30
+    """What may be kept altogether."""
+    key_seconds: Seconds = 86_400.0
+    """How long an `Idempotency-Key` is remembered, with the seed and the version of its edit."""
+    answer_seconds: Seconds = 3600.0
+    """How long the images made for an `Idempotency-Key` are kept; afterwards a retry has them made again."""
+    lease_seconds: Annotated[float, Field(ge=0.5)] = 10.0
+    """How long a gateway that says nothing any more counts as alive: then another one takes its work over."""
+
+    @model_validator(mode="after")
+    def _keys_outlive_answers(self) -> Self:
+        if self.key_seconds < self.answer_seconds:
+            raise ValueError(f"key_seconds {self.key_seconds:g} is less than answer_seconds {self.answer_seconds:g}")
+        return self
+
+
 class ServeSettings(_Settings):
     """Everything `insightedit serve up` can be told beside the model version and the port."""
 
@@ -128,6 +166,7 @@ class ServeSettings(_Settings):
     conditioner: Scaling = Scaling()
     editor: Scaling = Scaling(max_ongoing=16)
     engine: EngineSettings = EngineSettings()
+    state: StateSettings = StateSettings()
 
     @property
     def sleeps(self) -> bool:

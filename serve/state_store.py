@@ -97,6 +97,7 @@ def open_store(url: str | None, file: Path, capacity: int, clock: Clock = time.t
         UsageError: the URL is of another kind, or the package for it is missing.
     """
     if url is None:
+        file.touch(mode=0o600)  # What people have edited is for nobody else to see; SQLite's other files follow it.
         return SqliteStore(file, capacity, clock)
     if not url.startswith(("redis://", "rediss://", "unix://")):
         raise UsageError("state.url must begin with redis://, rediss:// or unix://; leave it out for a file.")

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from insightedit.model.stages import STAGES
-from insightedit.platform.config import flattened, load_preset, preset_names
+from insightedit.platform.config import (
+    EndpointConfig,
+    JudgeConfig,
+    LocalModelConfig,
+    dump_config,
+    flattened,
+    load_preset,
+    preset_names,
+)
 from insightedit.platform.datasets import READERS
 from insightedit.platform.errors import NotFoundError, UsageError
 
@@ -96,6 +104,12 @@ def test_overrides_change_single_values() -> None:
         ("checkpoints={keep_best: 1}", ("checkpoints", "keep_best", "best_by")),
         ("checkpoints={keep_best: 1, best_by: L_IA}", ("checkpoints", "'L_IA'", "L_IAA")),
         ("checkpoints.upload=later", ("checkpoints.upload", "'background' or 'wait'")),
+        ("evaluation.judge=gpt", ("evaluation.judge is 'gpt'", "shapes", "endpoint", "local")),
+        ("evaluation.judge={endpoint: x, model: m}", ("evaluation.judge.endpoint is 'x'", "http://127.0.0.1:8000/v1")),
+        ("evaluation.judge={endpoint: 'http://u:p@h/v1', model: m}", ("evaluation.judge.endpoint", "no user")),
+        ("evaluation.judge={endpoint: 'http://h/v1'}", ("evaluation.judge.model", "missing")),
+        ("evaluation.judge={local: a, batc: 2}", ("no field evaluation.judge.batc", "batch")),
+        ("evaluation.judge={local: a, retries: 2}", ("no field evaluation.judge.retries; remove it",)),
         ("name", ("--set name", "section.key=value")),
         ("name=[", ("--set name=[", "YAML")),
     ],
@@ -149,6 +163,21 @@ def test_the_number_of_workers_may_be_a_range() -> None:
     overrides = [f"stages.{number}.global_batch=24" for number in STAGES]
     assert load_preset("nano", [*overrides, "workers.count=[1, 4]"]).workers.sizes == range(1, 5)
     assert load_preset("nano", [*overrides, "workers.count=3"]).workers.sizes == range(3, 4)
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        "shapes",
+        EndpointConfig(endpoint="http://127.0.0.1:8000/v1/", model="gpt", api_key_env="KEY", options={"seed": 1}),
+        LocalModelConfig(local="a/folder", batch=4),
+    ],
+)
+def test_a_judge_is_read_back_as_it_was_written(judge: JudgeConfig, tmp_path: Path) -> None:
+    nano = load_preset("nano")
+    config = nano.model_copy(update={"evaluation": nano.evaluation.model_copy(update={"judge": judge})})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_preset(tmp_path / "config.yaml").evaluation.judge == judge
 
 
 def test_a_config_is_frozen() -> None:

@@ -31,6 +31,7 @@ from insightedit.platform.evaluation import (
     unit_range,
 )
 from insightedit.platform.registry import Registry
+from insightedit.platform.results import RESULTS_FILE, read_results
 
 SCENES = 60
 
@@ -159,6 +160,12 @@ def test_a_perfect_editor_is_evaluated_and_kept(config: RunConfig, cases: list[E
     table = pq.read_table(artifacts / "cases.parquet").to_pylist()
     assert [row["instruction"] for row in table] == [case.instruction for case in cases]
     assert {row["viescore"] for row in table} == {1.0}
+    results = read_results(artifacts / RESULTS_FILE)
+    assert [row.case for row in results] == [case.key for case in cases]
+    assert {(row.instruction_adherence, row.non_overediting, row.viescore, row.failure) for row in results} == {
+        (5, 5, 1.0, "")
+    }
+    assert len({(row.scene, row.seed) for row in results}) == SCENES
     with Image.open(artifacts / "sheet.png") as sheet:
         assert sheet.height > 10 * 160
 

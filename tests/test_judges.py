@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from insightedit.platform.datasets.shapes import Edit, Scene, render, sample_edit, shape_masks
-from insightedit.platform.judges import edit_region, judge_edit, shapes_keep_regions, viescore
+from insightedit.platform.datasets.shapes import Edit, Scene, Shape, render, sample_edit, shape_masks
+from insightedit.platform.errors import UsageError
+from insightedit.platform.judges import ASPECTS, MadeEdit, Score, Scores, Verdict, original_viescore, viescore
+from insightedit.platform.judges.shapes import (
+    ShapesJudge,
+    cell_errors,
+    edit_region,
+    judge_edit,
+    shapes_keep_regions,
+    shapes_truth,
+)
 
 Picture = NDArray[np.float32]
 
@@ -149,3 +159,92 @@ def test_wrong_pictures_are_refused() -> None:
         judge_edit(good, good, good, [np.ones((3, 4), np.bool_)])
     with pytest.raises(ValueError, match="outside the edited region"):
         judge_edit(good, good + 1, good, everywhere)
+
+
+# -- the judge of shapes behind the interface of every judge ---------------------------------------------------------
+
+
+def _made(seed: int, picture: NDArray[np.uint8] | None = None) -> MadeEdit:
+    """An edit of a test scene whose outcome is the picture, or else the true target."""
+    edit = sample_edit(seed, "test")
+    target = render(edit.target)
+    return MadeEdit(
+        source=render(edit.source),
+        edit=target if picture is None else picture,
+        instruction=edit.simple,
+        truth=shapes_truth(edit.source, edit.target),
+    )
+
+
+def _values(verdict: Verdict) -> list[int]:
+    assert isinstance(verdict, Scores)
+    return [getattr(verdict, aspect).value for aspect in ASPECTS]
+
+
+def test_the_judge_of_shapes_gives_four_scores_with_explanations() -> None:
+    judge, told = ShapesJudge(), list[tuple[int, int]]()
+    perfect, copied = _made(3), _made(3, render(sample_edit(3, "test").source))
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    verdicts = judge.judge([perfect, copied, _made(3, noise)], lambda done, of: told.append((done, of)))
+    assert [_values(verdict) for verdict in verdicts[:2]] == [[5, 5, 5, 5], [0, 5, 5, 5]]
+    noisy = _values(verdicts[2])
+    assert noisy[1] <= 1
+    assert max(noisy[2:]) <= 1
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert judge.costs.requests == 0
+    for verdict in verdicts:
+        assert isinstance(verdict, Scores)
+        assert all(getattr(verdict, aspect).explanation.endswith(".") for aspect in ASPECTS)
+        raw = (verdict.instruction_adherence.raw, verdict.non_overediting.raw)
+        assert [int((value or 0.0) + 0.5) for value in raw] == _values(verdict)[:2]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_wrong_scene_is_natural_all_the_same(seed: int) -> None:
+    """Perceptual quality does not ask for the instruction: what another edit makes of the scene looks right."""
+    scene = sample_edit(seed, "test").source
+    other = Scene(scene.ground, (*scene.shapes[:1], Shape("heart", "pink", "small", (scene.shapes[0].cell + 4) % 9)))
+    assert _values(ShapesJudge().judge([_made(seed, render(other))])[0])[2:] == [5, 5]
+
+
+def test_one_broken_cell_is_an_artifact_and_hardly_unnatural() -> None:
+    made = _made(11)
+    broken = made.edit.copy()
+    broken[:10, :10] = np.random.default_rng(1).integers(0, 256, (10, 10, 3), dtype=np.uint8)
+    before, after = cell_errors(made.edit / 255, _ground(made)), cell_errors(broken / 255, _ground(made))
+    assert before.max() < 0.003  # half a step of 8 bits
+    assert np.array_equal(before[1:], after[1:])
+    values = _values(ShapesJudge().judge([_made(11, broken)])[0])
+    assert values[2] >= 4
+    assert values[3] <= 2
+
+
+def _ground(made: MadeEdit) -> NDArray[np.float64]:
+    assert made.truth is not None
+    return made.truth.ground / 255
+
+
+def test_without_its_truth_no_edit_is_judged_exactly() -> None:
+    unknown = replace(_made(1), truth=None)
+    with pytest.raises(UsageError, match=r"evaluation\.judge is shapes, which judges only edits whose truth is known"):
+        ShapesJudge().judge([unknown])
+
+
+# -- scores and their aggregation -------------------------------------------------------------------------------------
+
+
+def test_scores_join_by_equation_1_and_as_their_authors_do() -> None:
+    """The original's worked by hand: sqrt(min(3, 4) * min(5, 2)) of 10 on its scale of 0 to 10, halved to 0 to 5."""
+    scores = Scores(
+        instruction_adherence=Score(3, "a"),
+        non_overediting=Score(4, "b"),
+        naturalness=Score(5, "c"),
+        no_artifacts=Score(2, "d"),
+    )
+    assert scores.viescore == pytest.approx(0.7)
+    assert scores.original_viescore == pytest.approx(math.sqrt(6) / 5)
+    assert original_viescore((6, 8), (10, 4)) * 5 == pytest.approx(math.sqrt(24))
+    assert original_viescore((0, 5), (5, 5)) == 0
+    for value in (-1, 6):
+        with pytest.raises(ValueError, match="integer from 0 to 5"):
+            Score(value, "")

@@ -46,7 +46,7 @@ def test_the_whole_path_twice(
     tiny: RunConfig, workdir: Workdir, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What has learnt nothing scores 0 and would not even be served: here every edit is worth a little.
-    monkeypatch.setattr("insightedit.platform.judges.OVEREDIT_LIMIT", 1.0)
+    monkeypatch.setattr("insightedit.platform.judges.shapes.OVEREDIT_LIMIT", 1.0)
     first = quickstart(workdir, tiny, once=True)
     report = json.loads((workdir.root / "report.json").read_text())
     assert report == first.report

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import statistics
 import threading
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import httpx
+import openai
 import psutil
 import pytest
 from figures import report_part
@@ -32,6 +35,8 @@ LOAD = 0.3
 RESTART_CPU_SECONDS = 8.0
 """What starting a replica takes; kills are spaced so that restarts take a quarter of the machine."""
 RECOVERY_SECONDS = 30.0
+KEYED_SECONDS = 120.0
+"""What OpenAI's client waits for one of its tries."""
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +54,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def processes(served: Served, kind: str) -> list[psutil.Process]:
-    """The living processes of a kind. Ray shows what they are as their title."""
+    """The living processes of a kind. Ray shows what they are as their title, and what they do behind a dot."""
+    title = re.compile(rf":{kind}(\.\w+)?$")
     found: list[psutil.Process] = []
     for process in psutil.Process(served.status.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if any(word.endswith((f":{kind}", f"::{kind}")) for word in process.cmdline()[:1]):
+            if any(title.search(word) for word in process.cmdline()[:1]):
                 found.append(process)
     return found
 
@@ -72,6 +78,21 @@ def edit(served: Served, seed: int) -> bytes:
     ).image
 
 
+def keyed_edit(served: Served, key: str, seconds: float) -> list[str]:
+    """What OpenAI's client gets under a key, without a seed: once with its retries, and once more."""
+    client = openai.OpenAI(base_url=f"{served.status.url}/v1", api_key="any", max_retries=10, timeout=seconds)
+    images: list[str] = []
+    for _ in range(2):
+        answer = client.images.edit(
+            image=("a.png", png(picture()), "image/png"),
+            prompt=PROMPT,
+            extra_headers={"Idempotency-Key": key},
+            extra_body={"num_inference_steps": STEPS},
+        )
+        images += [str(one.b64_json) for one in answer.data or ()]
+    return images
+
+
 def capacity(served: Served) -> float:
     """Edits a second with a few clients at a time, each waiting for its answers."""
     with ThreadPoolExecutor(4) as clients:
@@ -83,15 +104,20 @@ def capacity(served: Served) -> float:
 
 @dataclass
 class Load:
-    """Requests that come at their times, whatever became of those before."""
+    """Requests that come at their times, whatever became of those before.
+
+    Every other one is OpenAI's client's, under a key and without a seed, and is sent twice; the others are ours.
+    """
 
     served: Served
     rate: float
     """Requests a second."""
     answers: dict[int, list[bytes]] = field(default_factory=lambda: {seed: [] for seed in SEEDS})
-    errors: list[InsightEditError] = field(default_factory=list[InsightEditError])
+    keyed: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    errors: list[Exception] = field(default_factory=list[Exception])
     sent: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @contextlib.contextmanager
     def running(self) -> Generator[None]:
@@ -106,31 +132,43 @@ class Load:
 
     def _send(self, clients: ThreadPoolExecutor) -> None:
         while not self.stop.wait(1 / self.rate):
-            clients.submit(self._edit, SEEDS[self.sent % len(SEEDS)])
+            work = self._edit_under_key if self.sent % 2 else self._edit
+            clients.submit(work, self.sent)
             self.sent += 1
 
-    def _edit(self, seed: int) -> None:
+    def _edit(self, number: int) -> None:
+        seed = SEEDS[number // 2 % len(SEEDS)]
         try:
             self.answers[seed].append(edit(self.served, seed))
         except InsightEditError as error:
             self.errors.append(error)
 
+    def _edit_under_key(self, number: int) -> None:
+        key = f"{self.name}/{number}"
+        try:
+            self.keyed[key] = keyed_edit(self.served, key, KEYED_SECONDS)
+        except openai.OpenAIError as error:
+            self.errors.append(error)
+
     def counts(self, expected: dict[int, bytes]) -> dict[str, int]:
         """What went wrong, once everything has been answered."""
-        answered = sum(len(images) for images in self.answers.values())
+        answered = sum(len(images) for images in self.answers.values()) + len(self.keyed)
         return {
             "requests": self.sent,
             "lost": self.sent - answered,
-            "doubled": sum(len(set(images)) > 1 for images in self.answers.values()),
+            "doubled": sum(len(set(images)) > 1 for images in self.keyed.values()),
             "mismatched": sum(image != expected[seed] for seed, images in self.answers.items() for image in images),
         }
 
 
 def strike(served: Served, kind: str, chance: random.Random) -> None:
-    """Kill one process of a kind, when there is one."""
-    until(lambda: bool(processes(served, kind)), 60, f"no {kind} comes back")
+    """Kill one process of a kind, once there is one."""
+    end = time.monotonic() + 60
+    while not (living := processes(served, kind)):
+        assert time.monotonic() < end, f"no {kind} comes back"
+        time.sleep(0.1)
     with contextlib.suppress(psutil.NoSuchProcess):
-        chance.choice(processes(served, kind)).kill()
+        chance.choice(living).kill()
 
 
 def storm(served: Served, kinds: list[str], pause: float) -> dict[str, int]:
