@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from empty_registry import make_workdir
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from insightedit.platform.audit import AuditLog, Change, ConflictError
