@@ -64,8 +64,7 @@ def register_champion(folder: Path) -> Workdir:
     registry = Registry(workdir)
     run = registry.client.create_run(ensure_experiment(registry.client, workdir)).info.run_id
     version = registry.register(folder / "pipeline", run)
-    with registry.moving():
-        registry.promote(version.version, {})
+    registry.promote(version.version)
     return workdir
 
 

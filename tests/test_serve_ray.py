@@ -58,8 +58,7 @@ def register_champion(workdir: Workdir, folder: Path) -> Path:
     run = client.create_run(experiment).info.run_id
     registry = Registry(workdir)
     version = registry.register(folder / "pipeline", run)
-    with registry.moving():
-        registry.promote(version.version, {})
+    registry.promote(version.version)
     return version.folder
 
 
