@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 from insightedit.platform.config import PromotionConfig
@@ -65,17 +64,16 @@ def promote(
     registry = Registry(workdir)
     version = registry.resolve(reference)
     registry.fetch(version)
-    # Judging takes long, so it is done before anybody has to wait; inside only if the champion changed meanwhile.
-    _judge_alike(registry, version, evaluate)
-    with nullcontext() if dry_run else registry.moving():
-        version, champion = _judge_alike(registry, version, evaluate)
-        if champion is not None and champion.version == version.version:
-            return Promotion(champion=version.version, before=version.version, evidence=None, dry_run=dry_run)
-        evidence = _evidence(version, champion, config)
-        if evidence.viescore <= evidence.threshold:
-            raise GateRefusedError(_refusal(version, champion, evidence, config))
-        if not dry_run:
-            registry.promote(version.version, asdict(evidence))
+    # What is decided here rests on the champion of this moment; if another one comes first, this is told.
+    last = registry.audit.last()
+    version, champion = _judge_alike(registry, version, evaluate)
+    if champion is not None and champion.version == version.version:
+        return Promotion(champion=version.version, before=version.version, evidence=None, dry_run=dry_run)
+    evidence = _evidence(version, champion, config)
+    if evidence.viescore <= evidence.threshold:
+        raise GateRefusedError(_refusal(version, champion, evidence, config))
+    if not dry_run:
+        registry.promote(version.version, asdict(evidence), expected=last)
     before = champion.version if champion else None
     return Promotion(champion=version.version, before=before, evidence=evidence, dry_run=dry_run)
 
@@ -93,11 +91,11 @@ def rollback(workdir: Workdir, reason: str = "", *, dry_run: bool = False) -> Pr
         InsightEditError: the previous version's folder is damaged.
     """
     registry = Registry(workdir)
-    with nullcontext() if dry_run else registry.moving():
-        champion, target = registry.resolve(CHAMPION), registry.resolve(PREVIOUS)
-        registry.fetch(target)
-        if not dry_run:
-            registry.rollback({"reason": reason})
+    last = registry.audit.last()
+    champion, target = registry.resolve(CHAMPION), registry.resolve(PREVIOUS)
+    registry.fetch(target)
+    if not dry_run:
+        registry.rollback(reason=reason, expected=last)
     return Promotion(champion=target.version, before=champion.version, evidence=None, dry_run=dry_run)
 
 

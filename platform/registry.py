@@ -2,36 +2,30 @@
 
 A version is a copy of a pipeline folder among the artifacts of the run that made it. The registry knows three aliases:
 `challenger` (the newest version), `champion` (the one that is served) and `previous` (what a rollback goes back to).
+The last two are what the audit log says (`insightedit.platform.audit`), wherever MLflow has them.
 """
 
 from __future__ import annotations
 
-import getpass
-import json
-import os
 import re
 import shutil
 import uuid
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 from urllib.parse import unquote, urlparse
 
-from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from insightedit.platform.audit import CHALLENGER, CHAMPION, PREVIOUS, AuditEntry, AuditLog, Change
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.manifests import Manifest, verify_manifest, write_manifest
 from insightedit.platform.workdir import Workdir
 
 MODEL_NAME = "insightedit"
-CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
-_MOVE_TAG = "promotion."
-_LOCK_SECONDS = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,33 +48,13 @@ class ModelVersion:
         return f"models:/{self.name}/{self.version}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Move:
-    """One change of the champion: who moved it, when, between which versions, on what evidence."""
-
-    number: int
-    action: Literal["promote", "rollback"]
-    source: str | None
-    """The champion before."""
-    target: str
-    """The champion after."""
-    previous: str | None
-    """The alias `previous` after."""
-    who: str
-    when: str
-    """UTC, ISO 8601."""
-    evidence: dict[str, Any] = field(default_factory=dict[str, Any])
-    done: bool = False
-    """False while the aliases are being moved: a move that was interrupted is finished by the next one."""
-
-
 class Registry:
     """The versions of one registered model in a work folder's MLflow database."""
 
     def __init__(self, workdir: Workdir, name: str = MODEL_NAME) -> None:
         self.name = name
         self.client = MlflowClient(tracking_uri=workdir.tracking_uri, registry_uri=workdir.tracking_uri)
-        self._lock = FileLock(workdir.root / "registry.lock", timeout=_LOCK_SECONDS)
+        self.audit = AuditLog(self.client, name)
 
     def register(self, folder: Path, run_id: str, tags: Mapping[str, str] | None = None) -> ModelVersion:
         """Copy a pipeline folder into a run's artifacts and make it the newest version and `challenger`.
@@ -117,17 +91,21 @@ class Registry:
             NotFoundError: there is no such version or alias.
         """
         selector = _parse_reference(reference, self.name)
+        aliases = self.audit.aliases()
+        number = selector if selector.isdecimal() else aliases.get(selector)
+        if number is None:
+            raise NotFoundError(self._not_found(selector))
         try:
-            if selector.isdecimal():
-                found = self.client.get_model_version(self.name, selector)
-            else:
-                found = self.client.get_model_version_by_alias(self.name, selector)
+            found = self.client.get_model_version(self.name, number)
         except MlflowException as error:
-            # An alias that does not exist is INVALID_PARAMETER_VALUE for MLflow, a version RESOURCE_DOES_NOT_EXIST.
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
+            if number != selector:
+                raise NotFoundError(
+                    f"The {selector} is version {number}, which was deleted: `insightedit rollback` or promote another."
+                ) from None
             raise NotFoundError(self._not_found(selector)) from None
-        return self._entity(found)
+        return self._entity(found, aliases)
 
     def find(self, reference: str) -> ModelVersion | None:
         """Like `resolve`, but None where there is no such version."""
@@ -138,14 +116,8 @@ class Registry:
 
     def versions(self) -> list[ModelVersion]:
         """All versions, newest first."""
-        entities = [self._entity(found) for found in self.client.search_model_versions(f"name='{self.name}'")]
-        if not entities:
-            return []
-        # The search leaves aliases out.
-        aliases = cast(dict[str, Any], self._registered_model().aliases)
-        for i, entity in enumerate(entities):
-            names = tuple(sorted(alias for alias, version in aliases.items() if str(version) == entity.version))
-            entities[i] = replace(entity, aliases=names)
+        aliases = self.audit.aliases()
+        entities = [self._entity(found, aliases) for found in self.client.search_model_versions(f"name='{self.name}'")]
         return sorted(entities, key=lambda entity: int(entity.version), reverse=True)
 
     def fetch(self, reference: str | ModelVersion) -> Path:
@@ -168,106 +140,66 @@ class Registry:
         for key, value in tags.items():
             self.client.set_model_version_tag(self.name, version, key, value)
 
-    # Moves of the champion. MLflow has no compare-and-set on aliases, so they happen under a lock, and because two
-    # aliases cannot be moved at once, the move is written down first and marked as done last.
+    def promote(
+        self,
+        version: str,
+        evidence: Mapping[str, Any] | None = None,
+        *,
+        reason: str = "",
+        forced: bool = False,
+        expected: int | None = None,
+    ) -> AuditEntry:
+        """Make a version the champion; the champion until now becomes `previous`.
 
-    @contextmanager
-    def moving(self) -> Generator[None]:
-        """Hold the champion still: whoever decides about it and moves it does both inside.
+        Args:
+            version: its number.
+            evidence: the figures that speak for it.
+            reason: why, in words.
+            forced: a gate had refused it.
+            expected: number of the last audit entry when it was decided; what it is now without it.
 
         Raises:
-            InsightEditError: somebody else is moving it and does not end.
+            ConflictError: another change came first.
         """
-        try:
-            with self._lock:
-                self._finish_interrupted_move()
-                yield
-        except Timeout:
-            raise InsightEditError(
-                f"Another promotion has held {self._lock.lock_file} for {_LOCK_SECONDS:.0f} s: end it and try again."
-            ) from None
+        last = self.audit.last()
+        change = Change(
+            action="forced" if forced else "promote",
+            to_version=version,
+            from_version=self.audit.aliases().get(CHAMPION),
+            reason=reason,
+            evidence=evidence or {},
+        )
+        return self._change(change, last if expected is None else expected)
 
-    def moves(self) -> list[Move]:
-        """Every change of the champion, oldest first."""
-        try:
-            tags = cast(dict[str, str], self._registered_model().tags)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return []
-        moves = [Move(**json.loads(value)) for key, value in tags.items() if key.startswith(_MOVE_TAG)]
-        return sorted(moves, key=lambda move: move.number)
+    def rollback(
+        self, *, reason: str = "", evidence: Mapping[str, Any] | None = None, expected: int | None = None
+    ) -> AuditEntry:
+        """Make `previous` the champion again; a second rollback goes one further back.
 
-    def promote(self, version: str, evidence: Mapping[str, Any]) -> Move:
-        """Make a version the champion; the champion until now becomes `previous`. Call it inside `moving()`."""
-        champion = self.find(CHAMPION)
-        source = champion.version if champion else None
-        return self._move("promote", source, version, previous=source, evidence=evidence)
-
-    def rollback(self, evidence: Mapping[str, Any]) -> Move:
-        """Make `previous` the champion again. Call it inside `moving()`.
+        Args:
+            reason: why, in words.
+            evidence: the figures that speak against the champion.
+            expected: number of the last audit entry when it was decided; what it is now without it.
 
         Raises:
             NotFoundError: there is no champion, or none before it.
+            ConflictError: another change came first.
         """
+        last = self.audit.last()
         champion, target = self.resolve(CHAMPION), self.resolve(PREVIOUS)
-        # A second rollback goes one further back, to who was champion before the one that returns now.
-        line = _line_of_champions(self.moves())
-        before = line[-3] if len(line) >= 3 and line[-2] == target.version else None
-        return self._move("rollback", champion.version, target.version, previous=before, evidence=evidence)
-
-    def _move(
-        self,
-        action: Literal["promote", "rollback"],
-        source: str | None,
-        target: str,
-        *,
-        previous: str | None,
-        evidence: Mapping[str, Any],
-    ) -> Move:
-        moves = self.moves()
-        move = Move(
-            number=moves[-1].number + 1 if moves else 1,
-            action=action,
-            source=source,
-            target=target,
-            previous=previous,
-            who=_who(),
-            when=datetime.now(UTC).isoformat(timespec="seconds"),
-            evidence=dict(evidence),
+        change = Change(
+            action="rollback",
+            to_version=target.version,
+            from_version=champion.version,
+            reason=reason,
+            evidence=evidence or {},
         )
-        return self._carry_out(move)
+        return self._change(change, last if expected is None else expected)
 
-    def _carry_out(self, move: Move) -> Move:
-        """Write the move down, move the aliases, mark it as done. Doing it twice is the same as once."""
-        self._write_move(move)
-        for alias, version in ((PREVIOUS, move.previous), (CHAMPION, move.target)):
-            if version is None:
-                self.client.delete_registered_model_alias(self.name, alias)
-            else:
-                self.client.set_registered_model_alias(self.name, alias, version)
-        challenger = self.find(CHALLENGER)
-        if challenger is not None and challenger.version == move.target:
-            self.client.delete_registered_model_alias(self.name, CHALLENGER)
-        done = replace(move, done=True)
-        tag = {f"{_MOVE_TAG}{move.number:06d}": json.dumps(asdict(done))}
-        for version in {move.source, move.target} - {None}:
-            self.set_tags(str(version), tag)
-        self._write_move(done)
-        return done
-
-    def _write_move(self, move: Move) -> None:
-        client: Any = self.client  # MLflow leaves this method's arguments untyped
-        client.set_registered_model_tag(self.name, f"{_MOVE_TAG}{move.number:06d}", json.dumps(asdict(move)))
-
-    def _registered_model(self) -> Any:
-        """MLflow's object, whose aliases and tags it leaves untyped."""
-        return self.client.get_registered_model(self.name)
-
-    def _finish_interrupted_move(self) -> None:
-        moves = self.moves()
-        if moves and not moves[-1].done:
-            self._carry_out(moves[-1])
+    def _change(self, change: Change, expected: int) -> AuditEntry:
+        entry = self.audit.append(change, expected)
+        self.audit.reconcile()
+        return entry
 
     def _run_artifacts(self, run_id: str) -> Path:
         try:
@@ -283,15 +215,16 @@ class Registry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _entity(self, found: Any) -> ModelVersion:
+    def _entity(self, found: Any, aliases: Mapping[str, str]) -> ModelVersion:
         """Take over MLflow's object, whose version is an int here and a string there."""
+        version = str(found.version)
         return ModelVersion(
             name=self.name,
-            version=str(found.version),
+            version=version,
             folder=_local_path(str(found.source)),
             run_id=found.run_id,
             created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
-            aliases=tuple(sorted(found.aliases)),
+            aliases=tuple(sorted(alias for alias, number in aliases.items() if number == version)),
             tags=dict(found.tags),
         )
 
@@ -343,18 +276,3 @@ def _copy_whole(folder: Path, target: Path) -> Manifest:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return manifest
-
-
-def _line_of_champions(moves: list[Move]) -> list[str]:
-    """Who was champion before whom: a promotion adds to the line, a rollback takes its end away."""
-    line: list[str] = []
-    for move in moves:
-        line = [*line, move.target] if move.action == "promote" else line[:-1]
-    return line
-
-
-def _who() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that no user has
-        return f"uid {os.getuid()}"

@@ -7,7 +7,6 @@ note and no table says is done, and writes what the first would have written: an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -17,67 +16,30 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-import numpy as np
 import pyarrow as pa
 import ray.data
-from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.exceptions import RayError
 
 from insightedit.platform.capacity import Need, wait_for_room
 from insightedit.platform.cluster import MIN_LOGICAL_CPUS, cause_of, connected
-from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
+from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.ingest import TASK_CPUS
 from insightedit.platform.records import BadRowError
 from insightedit.platform.registry import Registry
 from insightedit.platform.shards import Table
-from insightedit.platform.storage import Store, retried
+from insightedit.platform.storage import Store
 from insightedit.platform.workdir import Workdir
-from insightedit.serve.backend import EditJob, Refusal
-from insightedit.serve.batch_rows import BadEdit, BatchInput, Cell, WantedEdit, pictures
-from insightedit.serve.schema import SEED_LIMIT, ApiError, OutputFormat
-from insightedit.serve.settings import EngineSettings, Limits
-from insightedit.serve.uploads import decode_upload, encode_image
+from insightedit.serve.batch_rows import BadEdit, BatchInput, WantedEdit, pictures
+from insightedit.serve.batch_worker import NOTES, BatchEditor, BatchSettings, DoneEdit, wanted_from
 
 RESULTS_NAME = "results.jsonl"
 QUARANTINE_NAME = "quarantine.jsonl"
 _PLAN = ".batch/plan.json"
-_NOTES = ".batch/notes"
 _ROWS_READ = 256
 """Rows whose pictures one task reads, one after the other."""
 _ROWS_EDITED = 8
 """Edits that a worker gets at once."""
-_STORAGE_SECONDS = 60.0
-"""How long a failing storage is waited for."""
-_ENDINGS: dict[OutputFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchSettings:
-    """What the bytes of an edit depend on beside model version, picture, instruction and key."""
-
-    seed: int = 0
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    image_guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    output_format: OutputFormat = "png"
-
-    def job(self, wanted: WantedEdit, picture: bytes) -> EditJob:
-        """The edit as an engine takes it.
-
-        Raises:
-            ApiError: the picture cannot be edited.
-        """
-        return EditJob(
-            prompt=wanted.instruction,
-            pixels=decode_upload(picture, Limits()),
-            seed=row_seed(self.seed, wanted.key),
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            image_guidance_scale=self.image_guidance_scale,
-            negative_prompt=self.negative_prompt,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,30 +54,6 @@ class BatchWorkers:
         """All that has to fit into the cluster at the same time."""
         editing = Need(what="--workers", count=self.count, cpus=self.cpus, gpus=self.gpus, place={})
         return [editing, Need(what="reading", count=1, cpus=TASK_CPUS, gpus=0, place={})]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DoneEdit:
-    """A row of the table of results."""
-
-    key: str
-    file: str
-    """From the output's folder."""
-    seed: int
-    model_version: str
-    instruction_sha256: str
-    seconds: float
-    """From decoding the picture to having the edit encoded."""
-    size: int
-    """Bytes of the file."""
-    sha256: str
-    """Of the file."""
-    request: str
-    """Digest of what was asked for."""
-
-    def row(self) -> dict[str, Any]:
-        """As it is listed."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,11 +113,6 @@ class BatchResult:
 
 Progress = Callable[[int, int, float | None], None]
 """Is told how many rows of how many are through, and the edits a second since the first one, once there are two."""
-
-
-def row_seed(seed: int, key: str) -> int:
-    """The seed of one row: the same whatever else is in the batch."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:8]) % SEED_LIMIT
 
 
 def plan_batch(
@@ -310,7 +243,7 @@ class _Run:
         by_request = {**self._plan.done, **{edit.request: edit for edit in self._edited}}
         rows = [by_request[wanted.request] for wanted in self._plan.input.wanted if wanted.request in by_request]
         out.write(RESULTS_NAME, "".join(f"{json.dumps(row.row())}\n" for row in rows).encode())
-        out.child(_NOTES).delete()
+        out.child(NOTES).delete()
         return BatchResult(
             out=str(out),
             results=f"{out}/{RESULTS_NAME}",
@@ -353,7 +286,7 @@ def _check_plan(out: Store, sizes: Mapping[str, int], content: Mapping[str, Any]
 def _done_before(out: Store, sizes: Mapping[str, int]) -> list[DoneEdit]:
     """The edits that are there, by the table of results and by later notes."""
     lines = out.read(RESULTS_NAME).splitlines() if RESULTS_NAME in sizes else []
-    notes = [name for name in sizes if name.startswith(f"{_NOTES}/")]
+    notes = [name for name in sizes if name.startswith(f"{NOTES}/")]
     with ThreadPoolExecutor(16) as readers:
         lines += list(readers.map(out.read, notes))
     edits = [DoneEdit(**json.loads(line)) for line in lines]
@@ -391,7 +324,7 @@ def _pipeline(plan: BatchPlan, workers: BatchWorkers) -> Dataset:
         compute=TaskPoolStrategy(size=min(workers.count, len(items))),
     )
     return dataset.map_batches(
-        _Worker,
+        BatchEditor,
         fn_constructor_args=(plan.folder, plan.version, plan.settings, plan.out),
         batch_size=_ROWS_EDITED,
         batch_format="pyarrow",
@@ -403,7 +336,7 @@ def _pipeline(plan: BatchPlan, workers: BatchWorkers) -> Dataset:
 
 def _read(chunk: Table, store: Store) -> Iterator[Table]:
     """The pictures of a chunk's rows, or why there is none."""
-    wanted = [_wanted(fields) for fields in json.loads(chunk.column("rows")[0].as_py())]
+    wanted = [wanted_from(fields) for fields in json.loads(chunk.column("rows")[0].as_py())]
     for edit, picture in zip(wanted, pictures(store, wanted), strict=True):
         bad = isinstance(picture, BadRowError)
         reason, detail = (picture.reason, str(picture)) if bad else ("", "")
@@ -415,83 +348,3 @@ def _read(chunk: Table, store: Store) -> Iterator[Table]:
                 "detail": [detail],
             }
         )
-
-
-def _wanted(fields: dict[str, Any]) -> WantedEdit:
-    """An edit that went through JSON."""
-    image: Any = fields["image"]
-    image = image if isinstance(image, str) else Cell(*image)
-    return WantedEdit(key=fields["key"], instruction=fields["instruction"], image=image)
-
-
-class _Worker:
-    """Edits, in a process of its own, and writes what it has edited."""
-
-    def __init__(self, folder: str, version: str, settings: BatchSettings, out: Store) -> None:
-        # Imported here: whoever starts the job needs neither torch nor its memory.
-        from insightedit.serve.engine import ConditionEngine, EditEngine, use_threads  # noqa: PLC0415
-
-        engine = EngineSettings()
-        use_threads(engine.threads)
-        self._conditioner = ConditionEngine(folder, exact=True, settings=engine)
-        self._editor = EditEngine(folder, exact=True, settings=engine)
-        self._version = version
-        self._settings = settings
-        self._out = out
-
-    def __call__(self, rows: Table) -> Table:
-        """What becomes of some rows: JSON of a `DoneEdit` or a `BadEdit`."""
-        outcomes = [self._outcome(row) for row in rows.to_pylist()]
-        return pa.table({"outcome": [json.dumps(outcome.row()) for outcome in outcomes]})
-
-    def _outcome(self, row: Mapping[str, Any]) -> DoneEdit | BadEdit:
-        wanted = _wanted(json.loads(row["wanted"]))
-        if row["picture"] is None:
-            return BadEdit(key=wanted.key, reason=row["reason"], detail=row["detail"])
-        before = self._note(wanted)
-        if before is not None and before.request == wanted.request:
-            return before  # A worker that died over a later row had done it.
-        began = time.perf_counter()
-        try:
-            job = self._settings.job(wanted, row["picture"])
-        except ApiError as error:
-            return BadEdit(key=wanted.key, reason=error.code, detail=error.message)
-        edited = self._edit(job)
-        if isinstance(edited, Refusal):
-            return BadEdit(key=wanted.key, reason="refused", detail=edited.message)
-        data = encode_image(edited, self._settings.output_format)
-        return self._write(wanted, job.seed, data, time.perf_counter() - began)
-
-    def _edit(self, job: EditJob) -> NDArray[np.uint8] | Refusal:
-        (conditions,) = self._conditioner.condition([job])
-        return conditions if isinstance(conditions, Refusal) else self._editor.submit(job, conditions).result().pixels
-
-    def _note(self, wanted: WantedEdit) -> DoneEdit | None:
-        """The note on a row's file; None where there is none."""
-        try:
-            text = retried(lambda: self._out.read(_note_name(wanted)), _STORAGE_SECONDS)
-        except NotFoundError:
-            return None
-        return DoneEdit(**json.loads(text))
-
-    def _write(self, wanted: WantedEdit, seed: int, data: bytes, seconds: float) -> DoneEdit:
-        """Write an edit, and then the note on it."""
-        done = DoneEdit(
-            key=wanted.key,
-            file=wanted.stem + _ENDINGS[self._settings.output_format],
-            seed=seed,
-            model_version=self._version,
-            instruction_sha256=hashlib.sha256(wanted.instruction.encode()).hexdigest(),
-            seconds=round(seconds, 4),
-            size=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-            request=wanted.request,
-        )
-        for name, content in ((done.file, data), (_note_name(wanted), json.dumps(done.row()).encode())):
-            retried(lambda name=name, content=content: self._out.write(name, content), _STORAGE_SECONDS)
-        return done
-
-
-def _note_name(wanted: WantedEdit) -> str:
-    """The note on a row's file, whatever was asked for when it was written."""
-    return f"{_NOTES}/{hashlib.sha256(wanted.stem.encode()).hexdigest()[:32]}.json"

@@ -1,39 +1,88 @@
-"""An edit over HTTP, as `insightedit edit` does it."""
+"""An edit over HTTP, as `insightedit edit --server` does it."""
 
 from __future__ import annotations
 
 import base64
 import os
+import random
 import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import httpx
+from pydantic import ValidationError
 
 from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.answers import ImagesResponse
+from insightedit.serve.schema import OutputFormat, SchedulerName
 from insightedit.serve.state import read_state
 
 KEY_VARIABLE = "INSIGHTEDIT_API_KEY"
 """Environment variable with the API key of the server; a key on the command line is seen by every process."""
-_RETRIED = frozenset({429, 502, 503})
+_RETRIED = frozenset({408, 429, 502, 503})
+_LONGEST_PAUSE = 120.0
+"""Seconds that a server may make us wait before the next try."""
+
+
+class EditOptions(TypedDict, total=False):
+    """What may be said of an edit beside image and instruction; what is missing or None is left to the server."""
+
+    model: str | None
+    """A version or an alias."""
+    seed: int | None
+    n: int | None
+    """Edits, with seeds that follow each other."""
+    size: str | None
+    """As in `640x480`."""
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    image_guidance_scale: float | None
+    image_branch_scale: float | None
+    negative_prompt: str | None
+    scheduler: SchedulerName | None
+    output_format: OutputFormat | None
+    output_compression: int | None
+    """Quality of a JPEG or WebP file, from 0 to 100."""
+
+
+def form_of(prompt: str, options: EditOptions) -> dict[str, str]:
+    """The text fields of the request."""
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    return {"prompt": prompt, **given}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedEdit:
     """An answer of the server."""
 
-    image: bytes
-    """The encoded file."""
+    images: tuple[bytes, ...]
+    """The encoded files."""
+    seeds: tuple[int, ...]
+    """Of each."""
     model_version: str
-    seed: int
     size: str
     request_id: str
     seconds: float
     """From sending to having the answer, retries included."""
     status: int
+
+    @property
+    def image(self) -> bytes:
+        """The first file."""
+        return self.images[0]
+
+    @property
+    def seed(self) -> int:
+        """Of the first file."""
+        return self.seeds[0]
 
 
 def served_url(workdir: Workdir) -> str:
@@ -66,61 +115,51 @@ def edit_over_http(
     image: Path | bytes,
     prompt: str,
     *,
-    model: str | None = None,
-    seed: int | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    image_guidance_scale: float | None = None,
-    negative_prompt: str | None = None,
-    output_format: str = "png",
+    mask: Path | bytes | None = None,
     patience: Patience = Patience(),
+    **options: Unpack[EditOptions],
 ) -> ServedEdit:
     """Have an image edited by a server, trying again while it is overloaded or not to be reached.
 
-    A server that asks for an API key gets that of the environment's `INSIGHTEDIT_API_KEY`.
+    All tries bear one `Idempotency-Key`, so that a server that had made the edit when the connection broke answers with
+    that one. A server that asks for an API key gets that of the environment's `INSIGHTEDIT_API_KEY`.
 
     Args:
         url: the server's, as in `http://127.0.0.1:8000`.
         image: a PNG, JPEG or WebP file, or its bytes.
         prompt: the instruction.
-        model: a version or alias that is served; the server's own without it. Of the others, see `pipeline`.
-        seed: the noise's.
-        num_inference_steps: denoising steps.
-        guidance_scale: weight of the instruction.
-        image_guidance_scale: weight of the source.
-        negative_prompt: what to keep away from.
-        output_format: png, jpeg or webp.
+        mask: a PNG of the image's size, or its bytes; the image changes where its alpha is 0.
         patience: how long to wait, and how often to try.
+        **options: see `EditOptions`.
 
     Raises:
-        NotFoundError: the image file or the model does not exist.
-        UsageError: the server refuses the request, and says why.
+        NotFoundError: an image file or the model does not exist.
+        UsageError: the address is none, or the server refuses the request and says why.
         ClusterError: the server cannot be reached.
-        InsightEditError: the server failed.
+        InsightEditError: the server failed, or is none of ours.
     """
-    fields = {
-        "prompt": prompt,
-        "model": model,
-        "seed": seed,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "image_guidance_scale": image_guidance_scale,
-        "negative_prompt": negative_prompt,
-        "output_format": output_format,
-    }
-    form = {name: str(value) for name, value in fields.items() if value is not None}
     begun = time.perf_counter()
-    key = os.environ.get(KEY_VARIABLE)
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    address = f"{url.rstrip('/')}/v1/images/edits"
-    response = _post(address, form, _contents(image), headers, patience)
+    # The names say nothing; the server looks at the bytes.
+    files = {"image": ("image", _contents(image), "application/octet-stream")}
+    if mask is not None:
+        files["mask"] = ("mask", _contents(mask), "application/octet-stream")
+    headers = {"idempotency-key": uuid.uuid4().hex}
+    if key := os.environ.get(KEY_VARIABLE):
+        headers["authorization"] = f"Bearer {key}"
+    address = f"{_checked_url(url)}/v1/images/edits"
+    with httpx.Client(timeout=httpx.Timeout(patience.timeout, connect=5.0), headers=headers) as client:
+        request = client.build_request("POST", address, data=form_of(prompt, options), files=files)
+        response = _send(client, request, patience)
     if response.status_code != HTTPStatus.OK:
         raise _error(response)
-    answer = ImagesResponse.model_validate_json(response.content)
+    try:
+        answer = ImagesResponse.model_validate_json(response.content)
+    except ValidationError:
+        raise InsightEditError(f"What answers at {url} is no InsightEdit server; check the address.") from None
     return ServedEdit(
-        image=base64.b64decode(answer.data[0].b64_json),
+        images=tuple(base64.b64decode(one.b64_json) for one in answer.data),
+        seeds=tuple(one.seed for one in answer.data),
         model_version=answer.model_version,
-        seed=answer.seed,
         size=answer.size,
         request_id=response.headers.get("x-request-id", ""),
         seconds=time.perf_counter() - begun,
@@ -139,39 +178,65 @@ def _contents(image: Path | bytes) -> bytes:
         raise UsageError(f"{image} cannot be read: {error.strerror}.") from None
 
 
-def _post(url: str, form: dict[str, str], image: bytes, headers: dict[str, str], patience: Patience) -> httpx.Response:
-    # The name says nothing; the server looks at the bytes.
-    files = {"image": ("image", image, "application/octet-stream")}
-    with httpx.Client(timeout=httpx.Timeout(patience.timeout, connect=5.0)) as client:
-        for attempt in range(patience.retries + 1):
-            last = attempt == patience.retries
-            pause = min(0.5 * 2**attempt, 8.0)
-            try:
-                response = client.post(url, data=form, files=files, headers=headers)
-                if last or not _may_pass(response):
-                    return response
-                pause = float(response.headers.get("retry-after", pause))
-            except httpx.ConnectError as error:
-                if attempt >= min(patience.retries, patience.unreachable_retries):
-                    raise ClusterError(f"No server answers at {url}: {error}.") from None
-            except httpx.HTTPError as error:
-                if last:
-                    raise ClusterError(f"The connection to {url} broke: {error}.") from None
-            time.sleep(pause)
+def _checked_url(url: str) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise UsageError(f"{url} is no address of a server; write it as in http://127.0.0.1:8000.")
+    return url.rstrip("/")
+
+
+def _send(client: httpx.Client, request: httpx.Request, patience: Patience) -> httpx.Response:
+    for attempt in range(patience.retries + 1):
+        last = attempt == patience.retries
+        # Clients that were refused together do not come back together.
+        pause = min(0.5 * 2**attempt, 8.0) * random.uniform(0.75, 1.0)
+        try:
+            response = client.send(request)
+            if last or not _may_pass(response):
+                return response
+            pause = _asked_pause(response.headers, pause)
+        except httpx.ConnectError as error:
+            if attempt >= min(patience.retries, patience.unreachable_retries):
+                raise ClusterError(f"No server answers at {request.url}: {error}.") from None
+        except httpx.HTTPError as error:
+            if last:
+                reason = str(error) or type(error).__name__
+                raise ClusterError(f"The connection to {request.url} broke: {reason}.") from None
+        time.sleep(pause)
     raise AssertionError("unreachable: the last try returns or raises")
 
 
 def _may_pass(response: httpx.Response) -> bool:
-    """Whether trying again may help. A 500 that is not in our words is the proxy's, whose gateway died under it."""
+    """Whether trying again may help.
+
+    A server's fault that is not told in our words is of what stands before it, whose gateway died under it. A conflict
+    passes where the server says when.
+    """
     ours = response.headers.get("content-type", "").startswith("application/json")
-    return response.status_code in _RETRIED or (response.status_code == HTTPStatus.INTERNAL_SERVER_ERROR and not ours)
+    if response.status_code == HTTPStatus.CONFLICT:
+        return "retry-after" in response.headers
+    return response.status_code in _RETRIED or (response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR and not ours)
+
+
+def _asked_pause(headers: Mapping[str, str], otherwise: float) -> float:
+    """Seconds that the server asks to wait, by a number or a date; our own where it does not."""
+    asked = headers.get("retry-after", "")
+    seconds = otherwise
+    with suppress(ValueError):
+        seconds = (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds()
+    with suppress(ValueError):
+        seconds = float(asked)
+    return min(max(seconds, 0.0), _LONGEST_PAUSE)
 
 
 def _error(response: httpx.Response) -> InsightEditError:
     try:
         message = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        message = response.text[:200]
+        message = " ".join(response.text[:200].split()) or response.reason_phrase
     if response.status_code == HTTPStatus.NOT_FOUND:
         return NotFoundError(message)
     if response.status_code == HTTPStatus.UNAUTHORIZED:

@@ -399,7 +399,6 @@ def _partial_taker(fields: EditFields, piece: Piece, emit: Emit[StreamEvent]) ->
 
 def _picture(pixels: Pixels, piece: Piece, fields: EditFields) -> Picture:
     finished = finish_image(pixels, piece.job.pixels, piece.mask, fields.output_size)
-    quality = 100 if fields.output_compression is None else fields.output_compression
-    data = encode_image(finished, fields.output_format, quality)
+    data = encode_image(finished, fields.output_format, fields.file_quality)
     height, width = finished.shape[:2]
     return Picture(base64.b64encode(data).decode("ascii"), f"{width}x{height}")

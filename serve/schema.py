@@ -117,6 +117,11 @@ class EditFields(BaseModel):
         found = _SIZE.fullmatch(self.size)
         return (int(found[1]), int(found[2])) if found else None
 
+    @property
+    def file_quality(self) -> int:
+        """Of a JPEG or WebP file."""
+        return 100 if self.output_compression is None else self.output_compression
+
 
 class ImageRef(BaseModel):
     """An image in a JSON body."""

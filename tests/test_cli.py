@@ -366,8 +366,7 @@ def work_with_a_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     registry = Registry(workdir)
     run_id = registry.client.create_run(ensure_experiment(registry.client, workdir)).info.run_id
     version = registry.register(folder / "pipeline", run_id, {"viescore": "0.5"})
-    with registry.moving():
-        registry.promote(version.version, {})
+    registry.promote(version.version)
     return workdir.root
 
 

@@ -70,10 +70,10 @@ def test_only_a_better_challenger_becomes_champion(workdir: Workdir, add: Callab
     assert aliases(workdir) == {"champion": "4", "previous": "1", "challenger": "5"}
     with pytest.raises(GateRefusedError, match=r"by more than 0\.010"):
         promote(workdir, "5", PromotionConfig(margin=0.01), judged_already)
-    move = Registry(workdir).moves()[-1]
-    assert (move.action, move.source, move.target, move.done) == ("promote", "1", "4", True)
-    assert move.evidence["viescore"] == 0.75
-    assert move.evidence["champion_viescore"] == 0.7
+    entry = Registry(workdir).audit.entries()[-1]
+    assert (entry.action, entry.from_version, entry.to_version) == ("promote", "1", "4")
+    assert entry.evidence["viescore"] == 0.75
+    assert entry.evidence["champion_viescore"] == 0.7
     with pytest.raises(NotFoundError, match="no version 9"):
         promote(workdir, "9", GATE, judged_already)
 
@@ -85,7 +85,7 @@ def test_a_dry_run_decides_and_moves_nothing(workdir: Workdir, add: Callable[...
     with pytest.raises(GateRefusedError):
         promote(workdir, "2", GATE, judged_already, dry_run=True)
     assert "champion" not in aliases(workdir)
-    assert Registry(workdir).moves() == []
+    assert Registry(workdir).audit.entries() == []
 
 
 def test_promoting_the_champion_again_changes_nothing(workdir: Workdir, add: Callable[..., ModelVersion]) -> None:
@@ -93,7 +93,7 @@ def test_promoting_the_champion_again_changes_nothing(workdir: Workdir, add: Cal
     promote(workdir, "1", GATE, judged_already)
     done = promote(workdir, "1", GATE, judged_already)
     assert (done.champion, done.before, done.evidence) == ("1", "1", None)
-    assert len(Registry(workdir).moves()) == 1
+    assert len(Registry(workdir).audit.entries()) == 1
 
 
 @pytest.mark.parametrize("known", [None, 0.99])
@@ -139,7 +139,7 @@ def test_rollback_goes_back_to_a_whole_version(workdir: Workdir, add: Callable[.
     done = rollback(workdir, "complaints")
     assert (done.champion, done.before) == ("1", "2")
     assert aliases(workdir) == {"champion": "1"}
-    assert Registry(workdir).moves()[-1].evidence == {"reason": "complaints"}
+    assert Registry(workdir).audit.entries()[-1].reason == "complaints"
     promote(workdir, "2", GATE, judged_already)
     (versions[0].folder / "model_index.json").unlink()
     with pytest.raises(InsightEditError, match=r"model_index\.json is missing"):

@@ -58,7 +58,7 @@ def test_every_form_of_reference_finds_the_version(registry: Registry, run_id: s
         registry.register(make_pipeline(tmp_path / f"p{i}", i), run_id)
     for reference in ("10", "models:/insightedit/10"):
         assert registry.resolve(reference).version == "10"
-    registry.promote("2", {})
+    registry.promote("2")
     for reference in ("champion", "models:/insightedit@champion"):
         assert registry.resolve(reference).version == "2"
     # Newest first by number, not by spelling: "10" comes before "9".
@@ -71,7 +71,7 @@ def test_what_is_not_there_is_said_with_the_way_out(registry: Registry, run_id: 
     with pytest.raises(NotFoundError, match="no champion yet: no model is registered, run `insightedit quickstart`"):
         registry.resolve("champion")
     assert registry.versions() == []
-    assert registry.moves() == []
+    assert registry.audit.entries() == []
     registry.register(make_pipeline(tmp_path / "p"), run_id)
     with pytest.raises(NotFoundError, match=r"There is no champion yet: .*`insightedit promote 1`"):
         registry.resolve("models:/insightedit@champion")
@@ -167,65 +167,3 @@ def test_a_pickle_is_never_registered(registry: Registry, run_id: str, tmp_path:
     assert registry.versions() == []
     artifacts = tmp_path / "work" / "the artifacts"
     assert not [path for path in artifacts.rglob("*") if path.is_file()], "a refused copy was left behind"
-
-
-def test_promotions_and_rollbacks_are_remembered(registry: Registry, run_id: str, tmp_path: Path) -> None:
-    for i in range(3):
-        registry.register(make_pipeline(tmp_path / f"p{i}", i), run_id)
-
-    def aliases() -> dict[str, str]:
-        return {alias: version.version for version in registry.versions() for alias in version.aliases}
-
-    for version in ("1", "2", "3"):
-        with registry.moving():
-            registry.promote(version, {"viescore": float(version)})
-    assert aliases() == {"champion": "3", "previous": "2"}
-    with registry.moving():
-        move = registry.rollback({"reason": "complaints"})
-    assert (move.source, move.target, move.previous) == ("3", "2", "1")
-    assert aliases() == {"champion": "2", "previous": "1"}
-    with registry.moving():
-        registry.rollback({})
-    assert aliases() == {"champion": "1"}
-    with pytest.raises(NotFoundError, match="no champion before this one"), registry.moving():
-        registry.rollback({})
-    assert [(m.number, m.action, m.source, m.target, m.done) for m in registry.moves()] == [
-        (1, "promote", None, "1", True),
-        (2, "promote", "1", "2", True),
-        (3, "promote", "2", "3", True),
-        (4, "rollback", "3", "2", True),
-        (5, "rollback", "2", "1", True),
-    ]
-    assert registry.moves()[1].evidence == {"viescore": 2.0}
-    assert registry.moves()[1].who
-    assert "promotion.000004" in registry.resolve("3").tags
-
-
-@pytest.mark.parametrize("interrupted_at", [1, 2, 3, 4, 5])
-def test_an_interrupted_move_is_finished_by_the_next(
-    registry: Registry, run_id: str, tmp_path: Path, interrupted_at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for i in range(2):
-        registry.register(make_pipeline(tmp_path / f"p{i}", i), run_id)
-    registry.promote("1", {})
-    calls = 0
-
-    def killed_after(function: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls > interrupted_at:
-                raise KeyboardInterrupt
-            return function(*args)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in ("set_registered_model_alias", "set_registered_model_tag", "set_model_version_tag"):
-            patch.setattr(registry.client, name, killed_after(getattr(registry.client, name)))
-        with pytest.raises(KeyboardInterrupt), registry.moving():
-            registry.promote("2", {})
-    with registry.moving():
-        assert registry.resolve("champion").version == "2"
-        assert registry.resolve("previous").version == "1"
-    assert [move.done for move in registry.moves()] == [True, True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import statistics
 import threading
 import time
@@ -53,11 +54,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def processes(served: Served, kind: str) -> list[psutil.Process]:
-    """The living processes of a kind. Ray shows what they are as their title."""
+    """The living processes of a kind. Ray shows what they are as their title, and what they do behind a dot."""
+    title = re.compile(rf":{kind}(\.\w+)?$")
     found: list[psutil.Process] = []
     for process in psutil.Process(served.status.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if any(word.endswith((f":{kind}", f"::{kind}")) for word in process.cmdline()[:1]):
+            if any(title.search(word) for word in process.cmdline()[:1]):
                 found.append(process)
     return found
 
@@ -160,10 +162,13 @@ class Load:
 
 
 def strike(served: Served, kind: str, chance: random.Random) -> None:
-    """Kill one process of a kind, when there is one."""
-    until(lambda: bool(processes(served, kind)), 60, f"no {kind} comes back")
+    """Kill one process of a kind, once there is one."""
+    end = time.monotonic() + 60
+    while not (living := processes(served, kind)):
+        assert time.monotonic() < end, f"no {kind} comes back"
+        time.sleep(0.1)
     with contextlib.suppress(psutil.NoSuchProcess):
-        chance.choice(processes(served, kind)).kill()
+        chance.choice(living).kill()
 
 
 def storm(served: Served, kinds: list[str], pause: float) -> dict[str, int]:

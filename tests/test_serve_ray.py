@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,11 +20,14 @@ import numpy as np
 import openai
 import psutil
 import pytest
+import test_serve_page
 import torch
 from mlflow import MlflowClient
 from PIL import Image
+from playwright.sync_api import Browser, expect
 from tiny_models import build_sources, tiny_config
 
+from insightedit import cli
 from insightedit.model.insightedit import build_pipeline
 from insightedit.model.pipeline import load_pipeline
 from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
@@ -34,6 +39,7 @@ from insightedit.serve.settings import ServeSettings
 
 pytestmark = pytest.mark.timeout(300)
 PROMPT = "remove the red circle"
+browser = test_serve_page.browser
 
 
 class Served(NamedTuple):
@@ -52,8 +58,7 @@ def register_champion(workdir: Workdir, folder: Path) -> Path:
     run = client.create_run(experiment).info.run_id
     registry = Registry(workdir)
     version = registry.register(folder / "pipeline", run)
-    with registry.moving():
-        registry.promote(version.version, {})
+    registry.promote(version.version)
     return version.folder
 
 
@@ -106,6 +111,64 @@ def test_openais_client_streams_the_same_bytes(served: Served) -> None:
     assert [event.type for event in partial] == ["image_edit.partial_image"] * 2
     assert len({event.b64_json for event in (*partial, done)}) == 3
     assert base64.b64decode(done.b64_json) == edit(served, picture(), num_inference_steps=8)
+
+
+def by_curl(url: str, image: Path, fields: dict[str, str]) -> bytes:
+    command = ["curl", "-sS", f"{url}/v1/images/edits", "-F", f"image=@{image}"]
+    command += [part for name, value in fields.items() for part in ("-F", f"{name}={value}")]
+    answer = subprocess.run(command, capture_output=True, check=True).stdout
+    return base64.b64decode(json.loads(answer)["data"][0]["b64_json"])
+
+
+def by_command(out: Path, image: Path, *arguments: str) -> bytes:
+    assert cli.run(["edit", str(image), PROMPT, "--out", str(out), *arguments]) == 0
+    return out.read_bytes()
+
+
+@pytest.mark.parametrize("more", [{}, {"scheduler": "euler_a", "image_branch_scale": "0.5", "size": "24x24"}])
+def test_every_way_to_ask_gives_the_same_bytes(served: Served, tmp_path: Path, more: dict[str, str]) -> None:
+    url, image = served_url(served.workdir), tmp_path / "photo.png"
+    image.write_bytes(png(picture((40, 28))))
+    fields = {"prompt": PROMPT, "seed": "7", "num_inference_steps": "4", **more}
+    options = {"--seed": "7", "--steps": "4", **{f"--{name.replace('_', '-')}": value for name, value in more.items()}}
+    arguments = [part for option in options.items() for part in option]
+    remote = by_command(tmp_path / "remote.png", image, "--server", url, *arguments)
+    assert by_command(tmp_path / "here.png", image, "--workdir", str(served.workdir.root), *arguments) == remote
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+    extra = {name: value for name, value in fields.items() if name != "prompt"}
+    (one,) = client.images.edit(image=image, prompt=PROMPT, extra_body=extra).data or []
+    assert base64.b64decode(one.b64_json or "") == remote
+    assert by_curl(url, image, fields) == remote
+
+
+def test_masks_several_edits_and_files_of_less_quality_are_made_here_too(served: Served, tmp_path: Path) -> None:
+    image, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    image.write_bytes(png(picture((20, 16))))
+    alpha = np.full((16, 20), 255, np.uint8)
+    alpha[4:9, 3:12] = 0
+    Image.fromarray(np.dstack([np.zeros((16, 20, 3), np.uint8), alpha])).save(mask)
+    arguments = ["--mask", str(mask), "--n", "2", "--seed", "4294967295", "--steps", "2", "--compression", "60"]
+    places = [["--server", served_url(served.workdir)], ["--workdir", str(served.workdir.root)]]
+    for name, place in zip(("remote", "here"), places, strict=True):
+        arguments_here = ["edit", str(image), PROMPT, "--out", str(tmp_path / name / "e.webp"), *arguments, *place]
+        assert cli.run(arguments_here) == 0
+    files = {name: sorted((tmp_path / name).iterdir()) for name in ("remote", "here")}
+    assert [file.name for file in files["here"]] == ["e-1.webp", "e-2.webp"]
+    assert [file.read_bytes() for file in files["here"]] == [file.read_bytes() for file in files["remote"]]
+
+
+def test_the_page_gives_the_same_bytes(served: Served, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(served_url(served.workdir))
+    test_serve_page.choose(page, png(picture((40, 28))))
+    page.click("summary")
+    page.fill("[name=seed]", "7")
+    page.fill("[name=num_inference_steps]", "4")
+    page.fill("#prompt", PROMPT)
+    page.press("#prompt", "Enter")
+    expect(page.locator("#said")).to_have_text("The edit is done.", timeout=60_000)
+    assert test_serve_page.shown(page) == edit(served, picture((40, 28)), num_inference_steps=4)
+    page.close()
 
 
 def test_a_key_outlives_its_gateway(served: Served) -> None:

@@ -5,21 +5,19 @@ Results go to stdout and the rest to stderr. What a command needs is imported wh
 
 from __future__ import annotations
 
-import hashlib
 import os
-import secrets
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_batch, cli_cluster, cli_keys
+from insightedit import __version__, cli_batch, cli_cluster, cli_edit, cli_keys
 from insightedit.console import (
     Group,
     Session,
@@ -33,7 +31,7 @@ from insightedit.console import (
     set_option,
     workdir_option,
 )
-from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
+from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -613,113 +611,8 @@ def serve_down(dry_run: bool, as_json: bool) -> None:
     emit(status, as_json, lambda: _show_server(status))
 
 
-# -- editing --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Edited:
-    """What `edit` reports."""
-
-    out: Path
-    sha256: str
-    """Of the file that was written."""
-    model_version: str
-    seed: int
-    seconds: float
-
-
-@cli.command()
-@click.argument("image", type=click.Path(path_type=Path))
-@click.argument("instruction")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .png, .jpg or .webp.")
-@click.option("--model", metavar="VERSION", help="A number or an alias; the champion, or the server's own, without it.")
-@click.option("--server", metavar="URL", help="Let this server do it instead of this machine.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Fixes the noise; without it one is drawn and named.")
-@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps; the model's own without it.")
-@click.option("--guidance-scale", type=click.FloatRange(0, 100), help="Weight of the instruction.")
-@click.option("--image-guidance-scale", type=click.FloatRange(0, 100), help="Weight of the source image.")
-@click.option("--negative-prompt", help="What to keep away from.")
-@json_option
-def edit(image: Path, instruction: str, out: Path, server: str | None, as_json: bool, **settings: Any) -> None:
-    """Edit IMAGE by an INSTRUCTION."""
-    if not instruction.strip():
-        raise UsageError("The instruction is empty; say what to change in the image.")
-    file_format = _format_of(out)
-    settings["num_inference_steps"] = settings.pop("steps")
-    contents = _read(image)
-    begun = time.perf_counter()
-    if server:
-        from insightedit.serve.client import edit_over_http
-
-        answer = edit_over_http(server, contents, instruction, output_format=file_format, **settings)
-        encoded, version, seed = answer.image, answer.model_version, answer.seed
-    else:
-        encoded, version, seed = _edit_here(contents, instruction, file_format, **settings)
-    _write(out, encoded)
-    digest = hashlib.sha256(encoded).hexdigest()
-    seconds = round(time.perf_counter() - begun, 3)
-    result = Edited(out=out, sha256=digest, model_version=version, seed=seed, seconds=seconds)
-    emit(result, as_json, lambda: [f"{out}: edited by version {version} with seed {seed} in {seconds:.1f} s"])
-
-
+cli.add_command(cli_edit.edit)
 cli.add_command(cli_batch.batch_edit)
-
-
-def _edit_here(
-    contents: bytes, instruction: str, file_format: Any, *, model: str | None, seed: int | None, **settings: Any
-) -> tuple[bytes, str, int]:
-    """Edit in this process, in exact mode, as a server would: the same request gives the same file.
-
-    Returns:
-        The encoded image, the version and the seed that made it.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    from insightedit.model.pipeline import load_pipeline
-    from insightedit.platform.registry import Registry
-    from insightedit.serve.schema import SEED_LIMIT, ApiError
-    from insightedit.serve.settings import Limits
-    from insightedit.serve.uploads import decode_upload, encode_image
-
-    registry = Registry(open_workdir())
-    version = registry.resolve(model or "champion")
-    seed = secrets.randbelow(SEED_LIMIT) if seed is None else seed
-    try:
-        source = Image.fromarray(decode_upload(contents, Limits()))
-        pipeline = load_pipeline(registry.fetch(version))
-        generator = torch.Generator().manual_seed(seed)
-        output: Any = pipeline(instruction, source, generator=generator, exact=True, **settings)
-    except ApiError as error:
-        raise UsageError(error.message) from None
-    except ValueError as error:
-        raise UsageError(f"The edit is not possible: {error}") from None
-    return encode_image(np.asarray(output.images[0]), file_format), version.version, seed
-
-
-def _format_of(out: Path) -> str:
-    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-    if out.suffix.lower() not in formats:
-        raise UsageError(f"--out {out} must end in {', '.join(formats)}.")
-    return formats[out.suffix.lower()]
-
-
-def _read(image: Path) -> bytes:
-    try:
-        return image.read_bytes()
-    except FileNotFoundError:
-        raise NotFoundError(f"There is no image {image}; name a PNG, JPEG or WebP file.") from None
-    except OSError as error:
-        raise UsageError(f"{image} cannot be read ({error.strerror}); name a PNG, JPEG or WebP file.") from None
-
-
-def _write(out: Path, contents: bytes) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(contents)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}.") from None
 
 
 # -- running it all -------------------------------------------------------------------------------------------------

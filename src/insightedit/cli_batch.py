@@ -62,8 +62,9 @@ def batch_edit(
 ) -> None:
     """Edit all of INPUT: a folder of images with --prompt, or CSV, JSONL or parquet with images and instructions."""
     from insightedit.platform.storage import Store
-    from insightedit.serve.batch import BatchSettings, BatchWorkers, plan_batch, run_batch
+    from insightedit.serve.batch import BatchWorkers, plan_batch, run_batch
     from insightedit.serve.batch_rows import read_input
+    from insightedit.serve.batch_worker import BatchSettings
 
     if prompt is not None and not prompt.strip():
         raise UsageError("--prompt is empty; say what to change in the images.")
