@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,7 @@ import numpy as np
 from PIL import Image
 
 from insightedit.platform.audit import CHAMPION, AuditEntry, ConflictError, wanted_aliases
-from insightedit.platform.datasets.shapes_edits import sample_edit
-from insightedit.platform.datasets.shapes_world import render
+from insightedit.platform.datasets.shapes_world import draw_scene, render
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.registry import Registry
 from insightedit.serve.backend import Backend, Canary, EditJob, RolloutStatus, VersionEntry, VersionTable
@@ -377,9 +377,9 @@ class Follower:
 
 
 def _first_job(number: int) -> EditJob:
-    """An edit of the world of shapes, the same for every version."""
-    edit = sample_edit(number, "test")
-    return EditJob(prompt=edit.simple, pixels=render(edit.source), seed=number)
+    """An edit of a scene, the same for every version. The instruction is short: some models read little."""
+    scene = draw_scene(random.Random(number), held_out=False)
+    return EditJob(prompt="make it brighter", pixels=render(scene), seed=number)
 
 
 def _pixels(file: bytes) -> Pixels:

@@ -41,11 +41,13 @@ from insightedit.serve.settings import ServeSettings, read_settings
 pytestmark = pytest.mark.timeout(300)
 # Whether a version is slower is for the tests on a quiet machine.
 QUICK_ROLLOUT = [
-    f"rollout.{name}={value}"
-    for name, value in {
-        "poll_seconds": 0.2, "share": 0.4, "min_requests": 8, "min_seconds": 1, "max_slowdown": 100, "shadow_share": 0.3,
-    }.items()
-]  # fmt: skip
+    "rollout.poll_seconds=0.2",
+    "rollout.share=0.4",
+    "rollout.min_requests=8",
+    "rollout.min_seconds=1",
+    "rollout.max_slowdown=100",
+    "rollout.shadow_share=0.3",
+]
 PROMPT = "remove the red circle"
 browser = test_serve_page.browser
 
@@ -283,9 +285,9 @@ def test_overload_is_answered_with_429_and_passes(served: Served) -> None:
 
 def test_versions_come_and_go_under_load_and_nobody_notices(served: Served, tmp_path: Path) -> None:
     url, registry = served_url(served.workdir), Registry(served.workdir)
-    load = Load(url, png(picture()), {"prompt": PROMPT + " and the other one", "num_inference_steps": "2"}, rate=6)
+    load = Load(url, png(picture()), {"prompt": PROMPT + " and make it blue", "num_inference_steps": "2"}, rate=6)
     # It reads the first edits' short instructions, and not those of these users.
-    broken = register(served.workdir, served.folder, tmp_path, of_index(prompt_length=40)).version
+    broken = register(served.workdir, served.folder, tmp_path, of_index(prompt_length=45)).version
     good = register(served.workdir, served.folder, tmp_path, of_index(guidance_scale=3.0)).version
     with load.running():
         registry.promote(broken)

@@ -530,6 +530,17 @@ def _show_server(status: Any) -> Iterable[str]:
         bounds = f"{one.min_replicas} to {one.max_replicas}"
         version = f" of version {one.version}" if one.version else ""
         yield f"  {one.name}{version}: {replicas} ({bounds}); {one.ongoing} in hand, {one.queued} waiting"
+    if status.fleet and status.fleet.rollout:
+        yield _show_rollout(status.fleet.rollout)
+
+
+def _show_rollout(rollout: Any) -> str:
+    state = rollout.state.replace("_", " ")
+    seen = f"{rollout.answers} edits made, {rollout.failures} failed"
+    if rollout.quality is not None:
+        quality = f"quality {rollout.quality:.2f} and {rollout.old_quality:.2f}"
+        seen += f", {quality} by version {rollout.old} on the same {rollout.pairs}"
+    return f"  version {rollout.version}: {state}{f', {rollout.reason}' if rollout.reason else ''} ({seen})"
 
 
 @serve.command("up")
