@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,7 @@ class World:
 
     folder: Path
     log: Log = field(default_factory=Log)
-    now: float = 1000.0
+    now: float = field(default_factory=time.time)
     states: dict[str, tuple[Loading, str]] = field(default_factory=dict[str, tuple[Loading, str]])
     loaded: list[str] = field(default_factory=lambda: ["insightedit-v1"])
     failing: set[str] = field(default_factory=set[str])
@@ -143,7 +144,7 @@ class World:
         assert self.told().canary is not None, self.told()
 
     async def seen(self, evidence: Evidence, entry: int = 2, gateway: str = "a") -> None:
-        value = Entry(evidence.model_dump_json().encode(), 10**10)
+        value = Entry(evidence.model_dump_json().encode(), 10**11)
         await self.store.change({}, {f"{self.channel.seen(entry)}{gateway}": value})
 
     async def published(self) -> VersionTable:
@@ -282,7 +283,7 @@ def test_shadows_are_judged_once(world: World) -> None:
                 {"prompt": "x", "seed": 1, "new_version": "2", "old_version": "1"}
                 | dict(zip(("source", "new", "old"), map(base64.b64encode, files), strict=True))
             )
-            value = Entry(pair.model_dump_json().encode(), 10**10)
+            value = Entry(pair.model_dump_json().encode(), 10**11)
             await world.store.change({}, {f"{world.channel.shadows(2)}{number}": value})
         await world.steps(1)
 
