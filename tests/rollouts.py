@@ -132,10 +132,14 @@ class Load:
         digest = hashlib.sha256(image).digest()
         return Answer(begun, time.monotonic() - begun, response.status_code, version, seed, digest)
 
+    def client(self) -> httpx.Client:
+        """A client for many edits at a time."""
+        return httpx.Client(timeout=120, limits=httpx.Limits(max_connections=64))
+
     @contextmanager
     def running(self) -> Generator[None]:
         """Send them while the block runs, and have them all answered at its end."""
-        with httpx.Client(timeout=120) as client, ThreadPoolExecutor(32) as clients:
+        with self.client() as client, ThreadPoolExecutor(32) as clients:
             thread = threading.Thread(target=self._send, args=(client, clients))
             thread.start()
             try:
