@@ -106,8 +106,13 @@ def write_report(path: Path, report: Report) -> None:
         "<h2>Where this comes from</h2>",
         _facts(report.facts),
     ]
+    write_page(path, report.title, parts)
+
+
+def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
+    """Write pieces of HTML as one page in the reports' style."""
     body = "\n".join(parts)
-    page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(report.title)}</title>'
+    page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     page += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     path.write_text(f"{page}\n<style>{_STYLE}</style>\n<main>\n{body}\n</main></html>\n", encoding="utf-8")
 

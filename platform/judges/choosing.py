@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from insightedit.platform.chat.config import EndpointConfig, JudgeConfig
 from insightedit.platform.chat.endpoint import ChatEndpoint
 from insightedit.platform.chat.local import LocalChat
-from insightedit.platform.config import EndpointConfig, JudgeConfig
 from insightedit.platform.judges import Judge
 from insightedit.platform.judges.cache import AnswerCache
 from insightedit.platform.judges.mllm import MllmJudge

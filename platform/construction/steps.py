@@ -1,0 +1,94 @@
+"""The steps that a config names, each as one function over photos; heavy libraries come with who needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from insightedit.platform.construction import shapes
+from insightedit.platform.construction.captions import run_captions
+from insightedit.platform.construction.config import (
+    STEPS,
+    CocoMasksConfig,
+    ConstructionConfig,
+    GroundedMasksConfig,
+    StepName,
+)
+from insightedit.platform.construction.instructions import run_instructions
+from insightedit.platform.construction.masks import CocoMasker, Masker, run_masks
+from insightedit.platform.construction.objects import run_objects
+from insightedit.platform.construction.painting import run_painting
+from insightedit.platform.construction.photos import Photo, Spent
+from insightedit.platform.construction.proposals import run_proposals
+from insightedit.platform.construction.quality import run_judge
+from insightedit.platform.judges.shapes import ShapesJudge
+
+Run = Callable[[Sequence[Photo]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step, ready to run.
+
+    Attributes:
+        run: does it for photos.
+        spent: what its model took so far, but for the time.
+    """
+
+    run: Run
+    spent: Callable[[], Spent] = Spent
+
+
+def step_names(config: ConstructionConfig) -> list[StepName]:
+    """The steps that a config has."""
+    idle: set[StepName] = set()
+    if not isinstance(config.masks, GroundedMasksConfig):
+        idle.add("detect")
+    if config.replacement is None:
+        idle.add("replace")
+    return [name for name in STEPS if name not in idle]
+
+
+def make_step(name: StepName, config: ConstructionConfig) -> Step:
+    """Make a step, with the model that it needs.
+
+    Args:
+        name: which.
+        config: who does it.
+
+    Raises:
+        UsageError: a model cannot be loaded, or the variable with its API key is not set.
+        NotFoundError: a file or folder is missing.
+    """
+    if name in ("caption", "objects", "propose", "instruct"):
+        return _step_of_words(name, config)
+    if name == "masks":
+        return Step(partial(run_masks, _masker(config), config))
+    if name == "judge":
+        return _judging(config)
+    task: Literal["remove", "replace"] = "remove" if name == "remove" else "replace"
+    return Step(partial(run_painting, shapes.ShapesPainter(), task))
+
+
+def _step_of_words(name: StepName, config: ConstructionConfig) -> Step:
+    who = shapes.ShapesWords(config)
+    runs: dict[StepName, Run] = {
+        "caption": partial(run_captions, who),
+        "objects": partial(run_objects, who),
+        "propose": partial(run_proposals, who, shapes.allowed, config),
+        "instruct": partial(run_instructions, who),
+    }
+    return Step(runs[name])
+
+
+def _masker(config: ConstructionConfig) -> Masker:
+    masks = config.masks
+    if isinstance(masks, CocoMasksConfig):
+        return CocoMasker(masks.coco)
+    return shapes.ShapesMasker()
+
+
+def _judging(config: ConstructionConfig) -> Step:
+    return Step(partial(run_judge, ShapesJudge(), shapes.truth_of, config))
