@@ -146,7 +146,7 @@ def _pipeline(work: Construction, blocks: Sequence[Block]) -> Dataset:
     for name in step_names(config):
         pool = config.pool(name)
         dataset = dataset.map_batches(
-            _Worker,
+            Worker,
             fn_constructor_args=(name, work),
             compute=ActorPoolStrategy(size=pool.workers),
             num_cpus=pool.cpus,
@@ -167,7 +167,7 @@ def _read(work: Construction, block: Block) -> Table:
     return to_rows(block.number, photos)
 
 
-class _Worker:
+class Worker:
     """A process of one step."""
 
     def __init__(self, name: StepName, work: Construction) -> None:
