@@ -12,6 +12,8 @@ from insightedit.platform.settings import SETTINGS, Count, Share
 
 StepName = Literal["caption", "objects", "detect", "masks", "propose", "remove", "replace", "instruct", "judge"]
 """The steps in their order, each with processes of its own."""
+StepOfWords = Literal["caption", "objects", "propose", "instruct"]
+"""Those that a language model does."""
 STEPS: Final[tuple[StepName, ...]] = get_args(StepName)
 Task = Literal["remove", "add", "replace"]
 Aspect = Literal["instruction_adherence", "non_overediting", "naturalness", "no_artifacts"]
@@ -198,13 +200,13 @@ class ConstructionConfig(_Settings):
 
     def _choices(self) -> Iterator[tuple[str, object]]:
         """Who does each step, by the name of its field."""
-        for name in ("caption", "objects", "propose", "instruct"):
+        for name in get_args(StepOfWords):
             own: object = getattr(self, name)
             yield ("words", self.words) if own is None else (name, own)
         for name in ("masks", "removal", "replacement", "judge"):
             yield name, getattr(self, name)
 
-    def words_of(self, step: Literal["caption", "objects", "propose", "instruct"]) -> JudgeConfig:
+    def words_of(self, step: StepOfWords) -> JudgeConfig:
         """Who does a step of words."""
         own: JudgeConfig | None = getattr(self, step)
         return self.words if own is None else own

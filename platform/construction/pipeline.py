@@ -174,7 +174,7 @@ class Worker:
         self._name: StepName = name
         self._store = work.store.child(WORK).child(name)
         _limit_threads(work.config.pool(name).threads)
-        self._step = make_step(name, work.config)
+        self._step = make_step(name, work.config, work.answers)
 
     def __call__(self, table: Table) -> Table:
         """Do the step for a block, unless that was done before."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
+from insightedit.platform.chat.choosing import build_chat
 from insightedit.platform.construction import shapes
+from insightedit.platform.construction.asked import AskedWords
+from insightedit.platform.construction.asking import Asker
 from insightedit.platform.construction.captions import run_captions
 from insightedit.platform.construction.config import (
     STEPS,
@@ -15,14 +19,18 @@ from insightedit.platform.construction.config import (
     ConstructionConfig,
     GroundedMasksConfig,
     StepName,
+    StepOfWords,
 )
 from insightedit.platform.construction.instructions import run_instructions
 from insightedit.platform.construction.masks import CocoMasker, Masker, run_masks
 from insightedit.platform.construction.objects import run_objects
 from insightedit.platform.construction.painting import run_painting
-from insightedit.platform.construction.photos import Photo, Spent
+from insightedit.platform.construction.photos import Change, Photo, Spent
 from insightedit.platform.construction.proposals import run_proposals
 from insightedit.platform.construction.quality import run_judge
+from insightedit.platform.judges import Judge
+from insightedit.platform.judges.cache import AnswerCache
+from insightedit.platform.judges.mllm import MllmJudge
 from insightedit.platform.judges.shapes import ShapesJudge
 
 Run = Callable[[Sequence[Photo]], None]
@@ -51,36 +59,39 @@ def step_names(config: ConstructionConfig) -> list[StepName]:
     return [name for name in STEPS if name not in idle]
 
 
-def make_step(name: StepName, config: ConstructionConfig) -> Step:
+def make_step(name: StepName, config: ConstructionConfig, answers: Path) -> Step:
     """Make a step, with the model that it needs.
 
     Args:
         name: which.
         config: who does it.
+        answers: folder of what language models answered before.
 
     Raises:
         UsageError: a model cannot be loaded, or the variable with its API key is not set.
         NotFoundError: a file or folder is missing.
     """
     if name in ("caption", "objects", "propose", "instruct"):
-        return _step_of_words(name, config)
+        return _step_of_words(name, config, answers)
     if name == "masks":
         return Step(partial(run_masks, _masker(config), config))
     if name == "judge":
-        return _judging(config)
+        return _judging(config, answers)
     task: Literal["remove", "replace"] = "remove" if name == "remove" else "replace"
     return Step(partial(run_painting, shapes.ShapesPainter(), task))
 
 
-def _step_of_words(name: StepName, config: ConstructionConfig) -> Step:
-    who = shapes.ShapesWords(config)
-    runs: dict[StepName, Run] = {
+def _step_of_words(name: StepOfWords, config: ConstructionConfig, answers: Path) -> Step:
+    chosen = config.words_of(name)
+    asker = None if isinstance(chosen, str) else Asker(build_chat(chosen), AnswerCache(answers))
+    who = shapes.ShapesWords(config) if asker is None else AskedWords(asker, config)
+    runs: dict[StepOfWords, Run] = {
         "caption": partial(run_captions, who),
         "objects": partial(run_objects, who),
         "propose": partial(run_proposals, who, shapes.allowed, config),
         "instruct": partial(run_instructions, who),
     }
-    return Step(runs[name])
+    return Step(runs[name]) if asker is None else Step(runs[name], asker.spent)
 
 
 def _masker(config: ConstructionConfig) -> Masker:
@@ -90,5 +101,24 @@ def _masker(config: ConstructionConfig) -> Masker:
     return shapes.ShapesMasker()
 
 
-def _judging(config: ConstructionConfig) -> Step:
-    return Step(partial(run_judge, ShapesJudge(), shapes.truth_of, config))
+def _judging(config: ConstructionConfig, answers: Path) -> Step:
+    if isinstance(config.judge, str):
+        return Step(partial(run_judge, ShapesJudge(), shapes.truth_of, config))
+    judge = MllmJudge(build_chat(config.judge), AnswerCache(answers))
+    return Step(partial(run_judge, judge, _nothing_known, config), lambda: _spent_by(judge))
+
+
+def _nothing_known(_photo: Photo, _change: Change) -> None:
+    """What is known of an edit that a language model judges."""
+
+
+def _spent_by(judge: Judge) -> Spent:
+    costs = judge.costs
+    return Spent(
+        requests=costs.requests,
+        retries=costs.retries,
+        repairs=costs.repairs,
+        cached=costs.cached,
+        prompt_tokens=costs.prompt_tokens,
+        completion_tokens=costs.completion_tokens,
+    )
