@@ -28,6 +28,7 @@ from insightedit.platform.construction.steps import step_names
 from insightedit.platform.datasets.shapes import Scene, render, shape_masks, split_of
 from insightedit.platform.datasets.shapes_edits import FORMS
 from insightedit.platform.datasets.shapes_language import SHAPES_FORMS
+from insightedit.platform.datasets.shapes_world import COLOURS, KINDS
 from insightedit.platform.errors import NotFoundError, UsageError
 from insightedit.platform.records import RECORD_SCHEMA
 from insightedit.platform.shards import PreparedData
@@ -109,7 +110,7 @@ def test_every_pair_is_what_it_says(done: Constructed) -> None:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         assert pair["bbox"] == [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
         for name in filter(None, (pair["class_origin"], pair["class_target"])):
-            assert name.split()[0] in pair["instruction"][0]
+            assert {word for word in name.split() if word in (*KINDS, *COLOURS)} <= set(pair["instruction"][0].split())
         assert ("qwen_VIE_SC" in pair) == forward
 
 

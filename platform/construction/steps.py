@@ -17,14 +17,17 @@ from insightedit.platform.construction.config import (
     STEPS,
     CocoMasksConfig,
     ConstructionConfig,
+    DiffusionConfig,
     GroundedMasksConfig,
+    OpenCvConfig,
+    PainterConfig,
     StepName,
     StepOfWords,
 )
 from insightedit.platform.construction.instructions import run_instructions
-from insightedit.platform.construction.masks import CocoMasker, Masker, run_masks
+from insightedit.platform.construction.masks import CocoMasker, Detector, Masker, run_boxes, run_masks
 from insightedit.platform.construction.objects import run_objects
-from insightedit.platform.construction.painting import run_painting
+from insightedit.platform.construction.painting import Painter, run_painting
 from insightedit.platform.construction.photos import Change, Photo, Spent
 from insightedit.platform.construction.proposals import run_proposals
 from insightedit.platform.construction.quality import run_judge
@@ -75,10 +78,13 @@ def make_step(name: StepName, config: ConstructionConfig, answers: Path) -> Step
         return _step_of_words(name, config, answers)
     if name == "masks":
         return Step(partial(run_masks, _masker(config), config))
+    if name == "detect":
+        return Step(partial(run_boxes, _detector(config)))
     if name == "judge":
         return _judging(config, answers)
     task: Literal["remove", "replace"] = "remove" if name == "remove" else "replace"
-    return Step(partial(run_painting, shapes.ShapesPainter(), task))
+    chosen = config.removal if name == "remove" else config.replacement
+    return Step(partial(run_painting, _painter(chosen, config.seed, config.pool(name).threads), task))
 
 
 def _step_of_words(name: StepOfWords, config: ConstructionConfig, answers: Path) -> Step:
@@ -94,11 +100,33 @@ def _step_of_words(name: StepOfWords, config: ConstructionConfig, answers: Path)
     return Step(runs[name]) if asker is None else Step(runs[name], asker.spent)
 
 
+def _detector(config: ConstructionConfig) -> Detector:
+    if not isinstance(config.masks, GroundedMasksConfig):
+        raise ValueError("Only masks of models need a detector.")
+    from insightedit.platform.construction.grounding import GroundingDetector  # noqa: PLC0415
+
+    return GroundingDetector(config.masks, config.pool("detect").threads)
+
+
 def _masker(config: ConstructionConfig) -> Masker:
     masks = config.masks
     if isinstance(masks, CocoMasksConfig):
         return CocoMasker(masks.coco)
+    if isinstance(masks, GroundedMasksConfig):
+        from insightedit.platform.construction.grounding import Sam2Segmenter  # noqa: PLC0415
+
+        return Sam2Segmenter(masks, config.pool("masks").threads)
     return shapes.ShapesMasker()
+
+
+def _painter(chosen: PainterConfig | None, seed: int, threads: int) -> Painter:
+    if isinstance(chosen, OpenCvConfig | DiffusionConfig):
+        from insightedit.platform.construction.painters import DiffusionPainter, OpenCvPainter  # noqa: PLC0415
+
+        if isinstance(chosen, OpenCvConfig):
+            return OpenCvPainter(chosen, threads)
+        return DiffusionPainter(chosen, seed, threads)
+    return shapes.ShapesPainter()
 
 
 def _judging(config: ConstructionConfig, answers: Path) -> Step:
