@@ -30,7 +30,7 @@ from insightedit.platform.datasets.shapes_edits import FORMS
 from insightedit.platform.datasets.shapes_language import SHAPES_FORMS
 from insightedit.platform.datasets.shapes_world import COLOURS, KINDS
 from insightedit.platform.errors import NotFoundError, UsageError
-from insightedit.platform.records import RECORD_SCHEMA
+from insightedit.platform.records import RECORD_SCHEMA, encode_png
 from insightedit.platform.shards import PreparedData
 from insightedit.platform.storage import Store
 from insightedit.platform.workdir import Workdir
@@ -256,7 +256,8 @@ def test_what_cannot_be_read_is_counted(tmp_path: Path) -> None:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (40 + number, 20)).save(path, "JPEG" if name.endswith("jpg") else "PNG")
-    (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    noise = encode_png(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    (tmp_path / "torn.png").write_bytes(noise[:-2000])
     (tmp_path / "words.jpg").write_bytes(b"no picture")
     (tmp_path / "letter.txt").write_bytes(b"no picture at all")
     turned = Image.new("RGB", (40, 20))
