@@ -50,7 +50,7 @@ def save_photos(folder: Path, made: Sequence[Scene]) -> None:
         Image.fromarray(large).save(folder / f"photos/{number}.png")
         images.append({"id": number, "file_name": f"{number}.png", "height": 256, "width": 256})
         for shape, mask in zip(scene.shapes, shape_masks(scene), strict=True):
-            large_mask = np.kron(mask, np.ones((TIMES, TIMES), np.uint8))
+            large_mask = np.kron(mask, np.ones((TIMES, TIMES), np.uint8)) > 0
             kind = names.index(name(shape, scene))
             rle = Rle.of(large_mask).model_dump()
             annotations.append({"id": len(annotations), "image_id": number, "category_id": kind, "segmentation": rle})
@@ -168,9 +168,7 @@ def test_a_wrong_answer_is_complained_about_once(tmp_path: Path, quick: None) ->
     picture = np.zeros((4, 4, 3), np.uint8)
     questions = [Question("count", f"How many {what}?", (picture,), read) for what in ("dogs", "cats")]
     with StandIn(in_turn(Say("many"), Say("3"))) as endpoint:
-        asker = Asker(
-            ChatEndpoint(EndpointConfig.model_validate({"endpoint": endpoint.url, **config})), AnswerCache(tmp_path)
-        )
+        asker = Asker(chat_at(endpoint.url), AnswerCache(tmp_path))
         assert asker.ask(questions) == [3, 3]
         assert endpoint.asked[-1].texts[1] == "many"
         assert "it is no number." in endpoint.asked[-1].texts[2]
@@ -178,11 +176,7 @@ def test_a_wrong_answer_is_complained_about_once(tmp_path: Path, quick: None) ->
     assert asker.ask(questions[:1]) == [3]
     assert asker.spent().cached == 1
     with StandIn(in_turn(Say("many"))) as endpoint:
-        other = Asker(
-            ChatEndpoint(EndpointConfig.model_validate({"endpoint": endpoint.url, **config})),
-            AnswerCache(tmp_path / "b"),
-        )
-        (found,) = other.ask(questions[:1])
+        (found,) = Asker(chat_at(endpoint.url), AnswerCache(tmp_path / "other")).ask(questions[:1])
     assert isinstance(found, Rejected)
     assert found == Rejected("unparsable", "Asked twice, the model gave no valid answer: it is no number.")
 
