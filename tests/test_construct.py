@@ -22,7 +22,8 @@ from insightedit.platform.config import DatasetConfig, RunConfig, load_preset
 from insightedit.platform.construction import pipeline, shapes
 from insightedit.platform.construction.config import ConstructionConfig
 from insightedit.platform.construction.output import read_photos
-from insightedit.platform.construction.photos import Photo, to_rows
+from insightedit.platform.construction.photos import Advanced, Photo, Rle, to_rows
+from insightedit.platform.construction.precision import precision_of
 from insightedit.platform.construction.sources import blocks_of, read_block
 from insightedit.platform.construction.steps import step_names
 from insightedit.platform.datasets.shapes import Scene, render, shape_masks, split_of
@@ -147,6 +148,29 @@ def phrases(scene: Scene) -> Iterator[tuple[str, Any]]:
     for form in FORMS["remove"][0]:
         for phrase in SHAPES_FORMS[form](scene):
             yield from {(phrase.say(random.Random(seed)), phrase.answer) for seed in range(8)}
+
+
+def test_beside_the_truth_every_step_is_right(done: Constructed) -> None:
+    """The shapes world errs nowhere; and where a step does, the figures say so."""
+    shares = {(step, what): value for step, found in done.counts.truth.items() for what, value in found.items()}
+    assert {share for (_, what), share in shares.items() if "(of)" not in what} == {1.0}
+    assert {step for step, _ in shares} == {"caption", "objects", "masks", "instruct", "judge"}
+    assert shares["judge", "right (of)"] == done.counts.kept
+    store = Store.at(done.folder)
+    photos = [photo for photo in read_photos(store) if photo.kept]
+    for photo in photos:
+        photo.caption = photo.caption.replace("red", "blue")
+        photo.things[0].mask = Rle.of(np.zeros((32, 32), np.bool_))
+        for change in photo.kept:
+            assert change.there is not None
+            change.there.advanced = [Advanced(text="remove the yellow submarine", about="other")]
+            change.thing, change.task = photo.things[-1], "remove"
+    wrong = precision_of(photos, store)
+    assert 0.5 < wrong["caption"]["precision"] < 1
+    assert wrong["masks"]["overlap"] < 1
+    assert wrong["instruct"]["advanced"] == 0
+    assert wrong["instruct"]["simple"] < 1
+    assert wrong["judge"]["right"] < 1
 
 
 def test_it_reads_back_as_advancededit(done: Constructed, tmp_path: Path) -> None:

@@ -40,10 +40,11 @@ class AskedWords:
         # Some of the things that it names will not be found.
         self._most = 2 * config.objects_each
         self._advanced = config.advanced_each
+        self._caption = config.caption_prompt or CAPTION
 
     def captions(self, photos: Sequence[Photo]) -> list[str | Rejected]:
         """See `captions.Captioner`."""
-        return self._asker.ask([Question("caption", CAPTION, (photo.pixels,), _read_caption) for photo in photos])
+        return self._asker.ask([Question("caption", self._caption, (photo.pixels,), _read_caption) for photo in photos])
 
     def objects(self, photos: Sequence[Photo]) -> list[list[Thing] | Rejected]:
         """See `objects.ObjectFinder`."""

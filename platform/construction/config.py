@@ -158,6 +158,8 @@ class ConstructionConfig(_Settings):
     objects: JudgeConfig | None = None
     propose: JudgeConfig | None = None
     instruct: JudgeConfig | None = None
+    caption_prompt: Annotated[str, Field(min_length=1)] | None = None
+    """What a captioner is asked instead of our own words: small models know only what they were trained on."""
     masks: MasksConfig = "shapes"
     removal: PainterConfig = "shapes"
     """Who paints pictures without a thing; the other way round they are pairs that add it."""

@@ -59,7 +59,7 @@ class DiffusionPainter:
         options: dict[str, Any] = {"torch_dtype": types[config.precision], "use_safetensors": True}
         try:
             pipeline: Any = AutoPipelineForInpainting.from_pretrained(config.diffusion, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             why = " ".join(str(error).split())[:200]
             raise UsageError(f"diffusion is {config.diffusion}, which is no inpainting model: {why}") from error
         pipeline.set_progress_bar_config(disable=True)

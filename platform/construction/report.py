@@ -13,6 +13,7 @@ from insightedit.platform.construction.config import ConstructionConfig
 from insightedit.platform.construction.counts import Counts, StepCounts, count
 from insightedit.platform.construction.output import read_photos, read_sample
 from insightedit.platform.construction.photos import Photo
+from insightedit.platform.construction.precision import precision_of
 from insightedit.platform.construction.sheet import write_steps
 from insightedit.platform.journals import append_entry, read_entries
 from insightedit.platform.reports import write_page
@@ -39,7 +40,7 @@ def write_report(out: Path, config: ConstructionConfig) -> Counts:
     store, folder = Store.at(out), out / REPORT
     photos = list(read_photos(store))
     seconds = sum(run["seconds"] for run in read_entries(folder / _RUNS))
-    counts = count(photos, seconds, {})
+    counts = count(photos, seconds, precision_of(photos, store))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(counts.to_json(), indent=1) + "\n", encoding="utf-8")
     lines = (json.dumps({"photo": photo.key, **one.model_dump()}) for photo in photos for one in photo.rejections)

@@ -56,6 +56,11 @@ def scene_of(photo: Photo) -> Scene:
     return Scene.from_json(photo.truth)
 
 
+def picture_of(photo: Photo) -> Picture:
+    """The picture of a photo whose file is not at hand."""
+    return render(scene_of(photo))
+
+
 def shape_named(scene: Scene, words: str) -> Shape | None:
     """The shape of a scene that a name means: "red circle", "small red circle", "red circle at the top left"."""
     found = [shape for shape in scene.shapes if words.lower() in _names(shape, scene)]
