@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from insightedit.console import columns, dry_run_option, emit, json_option, open_workdir, set_option
+from insightedit.console import Command, columns, dry_run_option, emit, json_option, open_workdir, set_option
 
 if TYPE_CHECKING:
     from insightedit.jobs.construct import Constructed
     from insightedit.platform.config import RunConfig
 
 
-@click.command("construct")
+@click.command("construct", cls=Command)
 @click.argument("config", default="nano")
 @click.option(
     "--images", metavar="PLACE", help="Folder or URI of pictures, in place of construction.images of the config."
