@@ -16,7 +16,7 @@ from insightedit.platform.construction.photos import Photo
 from insightedit.platform.construction.precision import precision_of
 from insightedit.platform.construction.sheet import write_steps
 from insightedit.platform.journals import append_entry, read_entries
-from insightedit.platform.reports import write_page
+from insightedit.platform.pages import write_page
 from insightedit.platform.storage import Store
 
 REPORT: Final = "report"
@@ -57,7 +57,6 @@ def _write_page(folder: Path, counts: Counts, sample: Sequence[Photo]) -> None:
     about = ", ".join(f"{number} {what}" for what, number in counts.about.items()) or "-"
     scores = ", ".join(f"{name} {value:.2f}" for name, value in counts.scores.items()) or "-"
     parts = [
-        "<h1>Constructed pairs</h1>",
         (
             f"<p>{counts.photos} pictures, {counts.photos_with_pairs} of them with pairs: {html.escape(pairs)};"
             f" {counts.pairs_per_hour:,.0f} pairs an hour. {counts.kept} of {counts.changes} edits were kept.</p>"
