@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_batch, cli_cluster, cli_edit, cli_keys
+from insightedit import __version__, cli_batch, cli_cluster, cli_construct, cli_edit, cli_keys
 from insightedit.console import (
     Group,
     Session,
@@ -221,6 +221,9 @@ def data_prepare(
         for name, one in made.items()
     ]
     emit(made, as_json, lambda: columns([heading, *rows]))
+
+
+data.add_command(cli_construct.construct)
 
 
 # -- training -------------------------------------------------------------------------------------------------------
