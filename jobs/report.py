@@ -92,11 +92,9 @@ def report(
         InsightEditError: a dataset has no record that can be used.
     """
     with connected():
-        surveyed = [
-            _survey(name, dataset, rows, seed, tasks, progress) for name, dataset in datasets.items()
-        ]
+        surveyed = [_survey(name, dataset, rows, seed, tasks, progress) for name, dataset in datasets.items()]
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = [pair for one in surveyed for pair in one.pairs]
+    pairs = _in_turns_of_datasets(surveyed)
     keywords = keyword_counts([fact for one in surveyed for fact in one.facts])
     drawn = _draw(folder, surveyed, keywords, pairs, examples, judge)
     figures = [one.figures for one in surveyed]
@@ -161,8 +159,11 @@ def _draw(
     drawn: dict[str, tuple[Path, str]] = {}
     if any(keywords.values()):
         draw_keywords(folder / "keywords.png", keywords)
-        drawn["S1: keywords"] = (folder / "keywords.png", "Keywords in simple instructions, by how often they are said.")
-    chosen = {kind: _chosen(pairs, kind, examples) for kind in KINDS if kind != "other"}
+        drawn["S1: keywords"] = (
+            folder / "keywords.png",
+            "Keywords in simple instructions, by how often they are said.",
+        )
+    chosen: dict[Kind, list[Pair]] = {kind: _chosen(pairs, kind, examples) for kind in KINDS if kind != "other"}
     if any(chosen.values()):
         draw_examples(folder / "examples.png", chosen)
         said = "Removals, replacements and additions with their instructions, of a sample, not selected by eye."
@@ -175,6 +176,12 @@ def _draw(
         said = "VIEScore's four scores from 0 to 5, with what the judge says of each."
         drawn["S4: scores"] = (folder / "scores.png", said)
     return drawn
+
+
+def _in_turns_of_datasets(surveyed: Sequence[_Surveyed]) -> list[Pair]:
+    """All pairs, so that each dataset has its turn."""
+    pairs = [(number, pair) for number, one in enumerate(surveyed) for pair in one.pairs]
+    return [pairs[place][1] for place in in_turns([number for number, _ in pairs])]
 
 
 def _chosen(pairs: Sequence[Pair], kind: Kind, count: int) -> list[Pair]:

@@ -33,7 +33,7 @@ from insightedit.platform.records import BadRow, BadRowError, Record, RecordTask
 Wording = Literal["simple", "advanced"]
 Score = Literal["instruction_follow", "non-overedit", "naturalness", "no_artifacts"]
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Raised whenever the same files give other records."""
 PAIRS_EACH: Final = 10
 """Pairs of one photo, about."""
@@ -319,7 +319,7 @@ def _record(
     text = random.Random(f"{options.seed}:{key}").choice(texts)
     notes = {field: pair.values[field] for field in _NOTES if pair.values.get(field)}
     if isinstance(pair.values.get("segmentation"), dict):
-        notes["mask_size"] = pair.values["segmentation"].get("size")
+        notes["mask"] = pair.values["segmentation"]
     if pair.scores:
         notes |= {"scores": pair.scores, "explanations": pair.explanations}
     if wording == "advanced" and (about := pair.about(text)):

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -30,7 +30,8 @@ _SAID: Final = 8.0
 """Points of instructions."""
 _INDENT: Final = 0.56
 """Inches that their names take."""
-_TITLES: Final[Mapping[Kind, str]] = {"removal": "Removal", "replacement": "Replacement", "addition": "Addition"}
+_KINDS: Final[tuple[Kind, ...]] = ("removal", "replacement", "addition")
+"""From top to bottom."""
 _ASPECTS: Final[Mapping[Aspect, str]] = {
     "instruction_adherence": "Instruction following",
     "non_overediting": "Non-overediting",
@@ -87,7 +88,7 @@ def _label_around(axes: Axes, labels: Sequence[str], angles: Sequence[float]) ->
             beside = side * max(abs(1.12 * x), math.sqrt(max(1.12**2 - height**2, 0)), 0.3)
             axes.plot([x, 1.06 * x, beside], [y, 1.06 * y, height], color=SOFT, linewidth=0.5, clip_on=False)
             align = "left" if side > 0 else "right"
-            words = {"fontsize": 9, "color": INK, "family": FONTS, "parse_math": False}
+            words: dict[str, Any] = {"fontsize": 9, "color": INK, "family": FONTS, "parse_math": False}
             axes.text(beside + side * 0.03, height, labels[place], ha=align, va="center", **words)
 
 
@@ -100,9 +101,7 @@ def _apart(heights: Sequence[float], least: float) -> list[float]:
         while len(groups) > 1 and groups[-2][0] - groups[-1][0] < least * (groups[-2][1] + groups[-1][1]) / 2:
             (low, some), (high, others) = groups.pop(), groups.pop()
             groups.append(((low * some + high * others) / (some + others), some + others))
-    return [
-        middle + least * ((count - 1) / 2 - number) for middle, count in groups for number in range(count)
-    ]
+    return [middle + least * ((count - 1) / 2 - number) for middle, count in groups for number in range(count)]
 
 
 # -- S2: examples -----------------------------------------------------------------------------------------------------
@@ -110,7 +109,7 @@ def _apart(heights: Sequence[float], least: float) -> list[float]:
 
 def draw_examples(path: Path, examples: Mapping[Kind, Sequence[Pair]]) -> None:
     """Figure S2: pairs of each kind in a row of their own, with the simple and the advanced instruction."""
-    rows = [(kind, pairs) for kind, pairs in examples.items() if pairs]
+    rows = [(kind, examples[kind]) for kind in _KINDS if examples.get(kind)]
     across = max(len(pairs) for _, pairs in rows)
     label, gap = 0.28, 0.18
     cell = (WIDTH - label - gap * (across - 1)) / across
@@ -119,7 +118,7 @@ def draw_examples(path: Path, examples: Mapping[Kind, Sequence[Pair]]) -> None:
     sheet = Sheet(WIDTH, sum(side + text + 0.3 for text in texts))
     top = 0.2
     for (kind, pairs), text in zip(rows, texts, strict=True):
-        sheet.text(0.06, top + side / 2, _TITLES[kind], 11, rotation=90, va="center", weight="bold")
+        sheet.text(0.06, top + side / 2, kind.capitalize(), 11, rotation=90, va="center", weight="bold")
         for number, pair in enumerate(pairs):
             left = label + number * (cell + gap)
             if top == 0.2:
@@ -187,7 +186,7 @@ def _most_said(pair: Pair) -> str:
 
 def _name_dataset(sheet: Sheet, one: DatasetFigures, top: float, width: float) -> None:
     end = sheet.text(0, top, one.name, 10.5, width=width, lines=2, weight="bold")
-    tasks = ", ".join(f"{count:,} {task}" for task, count in one.tasks.items())
+    tasks = ", ".join(f"{count:,} {task} records" for task, count in one.tasks.items())
     some = f" of about {one.about:,}" if one.about > one.records + one.bad else ""
     sheet.text(0, end + 0.03, f"{tasks}{some}", 7.5, width=width, lines=4, color=SOFT)
 
@@ -225,7 +224,8 @@ def draw_scores(path: Path, scored: Sequence[tuple[Pair, Mapping[Aspect, Score]]
     words_left = left_width + gap
     words_width = WIDTH - words_left
     heights = [
-        max(_scores_height(scores, words_width), side + 0.06 + _asked_height(pair, left_width)) for pair, scores in scored
+        max(_scores_height(scores, words_width), side + 0.06 + _asked_height(pair, left_width))
+        for pair, scores in scored
     ]
     sheet = Sheet(WIDTH, 0.1 + sum(heights) + 0.24 * len(heights))
     top = 0.1

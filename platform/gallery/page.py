@@ -19,16 +19,16 @@ figure { margin: 0; } figure img { max-width: 100%; } figure.narrow img { max-wi
 figcaption { margin: 0.75rem 0; max-width: 46rem; }
 """
 _HOW: Final = (
-    "The kind of an edit is the dataset's own name of it, or else the first verb that says it. Keywords are what follows"
-    " the verb of a simple instruction up to the first preposition, the last word of it, singular.",
-    "An instruction counts as one with reasoning when it asks, describes a thing by a clause or by what it is for,"
-    " compares, excludes, counts, refers to another thing's property, or leaves the thing without its name. This is a"
-    " rule over words, the same for all datasets; where a dataset calls its instructions simple and advanced itself, the"
-    " table says for how many of them the rule agrees.",
-    "Different words are counted in the same number of instructions of each dataset, as larger samples have more.",
-    "PSNR and SSIM compare target and source. Outside the mask, what differs was not asked for; over the whole picture"
-    " the edit itself counts too. Pictures are compared at 512 pixels of the shorter side at most. PSNR ends at 100 dB,"
-    " which is no difference at all.",
+    """The kind of an edit is the dataset's own name of it, or else the first verb that says it. Keywords are what
+    follows the verb of a simple instruction up to the first preposition, the last word of it, singular.""",
+    """An instruction counts as one with reasoning when it asks, describes a thing by a clause or by what it is for,
+    compares, excludes, counts, refers to another thing's property, or leaves the thing without its name. This is a rule
+    over words, the same for all datasets; where a dataset calls its instructions simple and advanced itself, the table
+    says for how many of them the rule agrees.""",
+    """Different words are counted in the same number of instructions of each dataset, as larger samples have more.""",
+    """PSNR and SSIM compare target and source. Outside the mask, what differs was not asked for; over the whole picture
+    the edit itself counts too. Pictures are compared at 512 pixels of the shorter side at most. PSNR ends at 100 dB,
+    which is no difference at all.""",
 )
 """How each figure is found."""
 
@@ -93,7 +93,9 @@ def _datasets(datasets: Sequence[DatasetFigures]) -> str:
 
 def _values(one: DatasetFigures) -> dict[str, str]:
     measured = {
-        f"{name.upper()} {where}": f"{means[name].mean:.{places}f} ({means[name].pairs} pairs)" if name in means else "-"
+        f"{name.upper()} {where}": f"{means[name].mean:.{places}f} ({means[name].pairs} pairs)"
+        if name in means
+        else "-"
         for where, means in (("outside the mask", one.outside), ("over the whole picture", one.whole))
         for name, places in (("psnr", 1), ("ssim", 3))
     }

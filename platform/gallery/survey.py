@@ -81,8 +81,9 @@ def survey(chunk: Chunk, *, dataset: DatasetConfig, quota: Quota, seed: int) -> 
 
 def facts_of(row: Mapping[str, Any]) -> Facts:
     """The facts in a row of `survey`."""
-    content = json.loads(row["facts"])
-    return Facts(**{**content, "size": tuple(content["size"]), "source": row["source"], "target": row["target"]})
+    content: dict[str, Any] = json.loads(row["facts"])
+    content |= {"size": tuple(content["size"]), "source": row["source"], "target": row["target"]}
+    return Facts(**content)
 
 
 def look_at(records: Sequence[Record], quota: Quota) -> list[Facts]:

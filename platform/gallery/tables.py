@@ -50,9 +50,7 @@ class Pair:
         values: dict[str, Any] = self.details.get("scores") or {}
         said: dict[str, str] = self.details.get("explanations") or {}
         return {
-            aspect: Score(round(values[name]), said.get(name, ""))
-            for name, aspect in _SCORES.items()
-            if name in values
+            aspect: Score(round(values[name]), said.get(name, "")) for name, aspect in _SCORES.items() if name in values
         }
 
 

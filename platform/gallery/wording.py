@@ -2,8 +2,8 @@
 
 Rules over words, without any model, so that every dataset is held against the same ones:
 
-- **Kind.** The dataset's own name of it where that is one of removal, addition and replacement; else the first verb that
-  says so ("erase", "insert", "swap").
+- **Kind.** The dataset's own name of it where it has one; else the first verb that says removal, addition or
+  replacement ("erase", "insert", "swap").
 - **Keywords.** The thing's name: of what follows the verb, up to the first preposition, the last word, made singular. A
   replacement has two, before and after "with", "into", "to" or "by". Colours and sizes are no names of things.
 - **Reasoning.** An instruction counts when it has one of the signs below: it asks, describes a thing by a clause or by
@@ -14,12 +14,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, Literal, cast
+from typing import Final, Literal
 
 Kind = Literal["removal", "replacement", "addition", "other"]
 KINDS: Final[tuple[Kind, ...]] = ("removal", "replacement", "addition", "other")
 
 _WORD: Final = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+")
+
+
+def _set(*lines: str) -> frozenset[str]:
+    """The words in lines of words."""
+    return frozenset(word for line in lines for word in line.split())
+
+
 _NAMES: Final[Mapping[str, Kind]] = {
     "remove": "removal",
     "removal": "removal",
@@ -43,21 +50,25 @@ _SWAP: Final = "<swap>"
 _INSTEAD: Final = re.compile(r"\b(?:in (?:place|exchange)(?: of| for)|instead of)\b")
 _SWAPS: Final = frozenset({_SWAP, "with", "into", "to", "by", "for"})
 """What stands between the two things of a replacement."""
-_PREPOSITIONS: Final = frozenset(
-    "about above across after against along among around as at before behind below beneath beside between beyond by down"
-    " during for from in inside into near next of off on onto out outside over past so that through to toward towards"
-    " under underneath until upon using where which while who whose with within without".split()
+_PREPOSITIONS: Final = _set(
+    "about above across after against along among around as at before behind below beneath beside between beyond by",
+    "down during for from in inside into near next of off on onto out outside over past so that through to toward",
+    "towards under underneath until upon using where which while who whose with within without",
 )
-_PARTICLES: Final = frozenset({"away", "out", "off", "up", "down", "back", "completely", "please", "here", "there", "it"})
-_MEASURES: Final = frozenset("bunch couple group kind number pair piece set slice sort type".split())
-_NO_NAMES: Final = frozenset(
+_ENDS: Final = _PREPOSITIONS | _SWAPS | _VERBS.keys() | {".", ";"}
+"""What ends the name of a thing."""
+_PARTICLES: Final = frozenset(
+    {"away", "out", "off", "up", "down", "back", "completely", "please", "here", "there", "it"}
+)
+_MEASURES: Final = _set("bunch couple group kind number pair piece set slice sort type")
+_NO_NAMES: Final = _set(
     "a an the this that these those some any all both every each another other one ones his her its their my your our"
     " red orange yellow green blue purple pink brown black white gray grey golden gold silver dark light bright"
-    " small large big little tiny huge tall short long new old more few several many two three four five six".split()
+    " small large big little tiny huge tall short long new old more few several many two three four five six"
 )
 _PLURAL_FORMS: Final = {"men": "man", "women": "woman", "children": "child", "people": "person", "leaves": "leaf"}
-_ALWAYS: Final = frozenset(
-    "bus chess clothes dress glass glasses grass headphones jeans lens pants scissors shorts stairs sunglasses".split()
+_ALWAYS: Final = _set(
+    "bus chess clothes dress glass glasses grass headphones jeans lens pants scissors shorts stairs sunglasses"
 )
 """Words in s that stay as they are."""
 
@@ -73,7 +84,7 @@ _SIGNS: Final[Mapping[str, re.Pattern[str]]] = {
         r"|\b(?:larg|small|bigg|tall|short|long|high|low|near|clos|bright|dark|old|young|far|farth|furth|left|right|top)(?:e?st|most)\b",
         "excludes": r"\b(?:except|besides|apart from|other than|neither|nothing but|not|only|without any)\b",
         "counts": r"\b(?:first|second|third|fourth|last|number|count|how many|as many|pair|twice|half)\b",
-        "relates": r"\b(?:between|colou?r of|in the colou?r|kind of|mix(?:ed|ture)?|of the two|reflection|missing|alone)\b",
+        "relates": r"\b(?:between|colou?r of|in the colou?r|kind of|mix(?:ed|ture)?|of the two|missing|alone)\b",
         "unnamed": r"\b(?:animal|creature|element|feature|item|object|one|place|shape|spot|structure|thing)s?"
         r"(?: just)? (?:above|at|behind|below|beside|by|in|left|near|next|on|right|under)\b",
     }.items()
@@ -88,12 +99,14 @@ def words(text: str) -> list[str]:
 
 def kind_of(category: str, instruction: str) -> Kind:
     """The kind of an edit, by the dataset's own name of it or else by its first verb that says it."""
-    named = _NAMES.get(category.strip().lower())
-    if named is not None or category:
-        return named or "other"
+    if category:
+        return _NAMES.get(category.strip().lower(), "other")
     if _INSTEAD.search(instruction.lower()):
         return "replacement"
-    return next((_VERBS[word] for word in words(instruction) if word in _VERBS), "other")
+    for word in words(instruction):
+        if word in _VERBS:
+            return _VERBS[word]
+    return "other"
 
 
 def keywords(kind: Kind, instruction: str) -> list[str]:
@@ -110,49 +123,48 @@ def signs_of_reasoning(instruction: str) -> tuple[str, ...]:
 def _phrases(kind: Kind, instruction: str) -> list[list[str]]:
     """What follows the verb, and in a replacement what stands for the other thing, up to the next preposition."""
     marked = _INSTEAD.sub(" ~ ", instruction.lower())
-    tokens = [_SWAP if token == "~" else token for token in re.findall(rf"{_WORD.pattern}|[~,.;]", marked)]
-    verb = next((place for place, token in enumerate(tokens) if token in _VERBS), None)
+    said = [_SWAP if word == "~" else word for word in re.findall(rf"{_WORD.pattern}|[~,.;]", marked)]
+    verb = next((place for place, word in enumerate(said) if word in _VERBS), None)
     starts = [] if verb is None else [verb]
     if kind == "replacement":
-        starts += [place for place, token in enumerate(tokens) if token in _SWAPS and _is_swap(token, place, verb)][:1]
-    return [_phrase(tokens[start + 1 :]) for start in sorted(starts)]
+        starts += [place for place, word in enumerate(said) if word in _SWAPS and _is_swap(word, place, verb)][:1]
+    return [_phrase(said[start + 1 :]) for start in sorted(starts)]
 
 
-def _is_swap(token: str, place: int, verb: int | None) -> bool:
-    return token == _SWAP or (verb is not None and place > verb)
+def _is_swap(word: str, place: int, verb: int | None) -> bool:
+    return word == _SWAP or (verb is not None and place > verb)
 
 
-def _phrase(tokens: Sequence[str]) -> list[str]:
-    """The tokens up to the first preposition; what only measures ("a pair of") is passed over."""
+def _phrase(said: Sequence[str]) -> list[str]:
+    """The words up to the first preposition; what only measures ("a pair of") is passed over."""
     found: list[str] = []
-    rest = list(tokens)
-    while rest and rest[0] in _PARTICLES | {"of"}:
-        rest.pop(0)
-    for token in rest:
-        if token == "of" and found and found[-1] in _MEASURES:
+    for word in said:
+        if not found and word in _PARTICLES | {"of"}:
+            continue
+        if word == "of" and found and found[-1] in _MEASURES:
             found = []
-        elif token in _PREPOSITIONS or token in _SWAPS or token in ".;" or token in _VERBS:
+        elif word in _ENDS:
             break
         else:
-            found.append(token)
+            found.append(word)
     return found
 
 
 def _parts(phrase: Iterable[str]) -> list[list[str]]:
     """Things that are listed with "and" or commas."""
     parts: list[list[str]] = [[]]
-    for token in phrase:
-        if token in {"and", "or", ","}:
+    for word in phrase:
+        if word in {"and", "or", ","}:
             parts.append([])
         else:
-            parts[-1].append(token)
+            parts[-1].append(word)
     return parts
 
 
 def _name(part: Sequence[str]) -> str:
     """The last word that can be a thing's name, singular; empty where there is none."""
-    tokens = [token for token in part if token not in _PARTICLES]
-    last = tokens[-1] if tokens else ""
+    said = [word for word in part if word not in _PARTICLES]
+    last = said[-1] if said else ""
     return "" if last in _NO_NAMES or last.isdecimal() else _singular(last)
 
 
@@ -164,9 +176,3 @@ def _singular(word: str) -> str:
     if word.endswith("ies") and len(word) > 4:
         return f"{word[:-3]}y"
     return word[:-2] if word.endswith(("ches", "shes", "xes", "sses")) else word[:-1]
-
-
-def kinds_in_order(found: Iterable[str]) -> list[Kind]:
-    """Those kinds that are there, removal first."""
-    there = set(found)
-    return [kind for kind in KINDS if cast(str, kind) in there]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_batch, cli_cluster, cli_construct, cli_edit, cli_keys
+from insightedit import __version__, cli_batch, cli_cluster, cli_construct, cli_edit, cli_keys, cli_report
 from insightedit.console import (
     Group,
     Session,
@@ -224,6 +224,7 @@ def data_prepare(
 
 
 data.add_command(cli_construct.construct)
+data.add_command(cli_report.data_report)
 
 
 # -- training -------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def data_report(
 ) -> None:
     """Draw what is in datasets: keywords, examples, figures side by side, scores.
 
-    A DATASET is READER=FOLDER (see `data list`), a folder whose reader is found out, or the name of a dataset in CONFIG.
+    A DATASET is READER=FOLDER (see `data list`), a folder whose reader is found out, or a dataset's name in CONFIG.
     """
     from insightedit.display import Display
     from insightedit.jobs.report import report
