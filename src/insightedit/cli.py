@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_batch, cli_cluster, cli_construct, cli_edit, cli_keys
+from insightedit import __version__, cli_batch, cli_cluster, cli_construct, cli_edit, cli_jobs, cli_keys
 from insightedit.console import (
     Group,
     Session,
@@ -631,6 +631,7 @@ def serve_down(dry_run: bool, as_json: bool) -> None:
 
 
 cli.add_command(cli_edit.edit)
+cli.add_command(cli_jobs.edit_job)
 cli.add_command(cli_batch.batch_edit)
 
 
