@@ -80,6 +80,9 @@ class AdvancedEditOptions(FolderOptions):
     trace: they are no bad rows. Only one of the two directions of an edit is scored; the other one counts as equal."""
     seed: int = 0
     """Which of several instructions of one wording is taken."""
+    masks: bool = Field(default=False, exclude=True)
+    """Whether `meta` has each pair's mask, in COCO's run lengths of the photo's size; training needs none. Prepared
+    datasets have none, so they do not depend on it."""
 
     @field_validator("pattern")
     @classmethod
@@ -319,7 +322,13 @@ def _record(
     text = random.Random(f"{options.seed}:{key}").choice(texts)
     notes = {field: pair.values[field] for field in _NOTES if pair.values.get(field)}
     if isinstance(pair.values.get("segmentation"), dict):
+<<<<<<< HEAD
         notes["mask"] = pair.values["segmentation"]
+=======
+        notes["mask_size"] = pair.values["segmentation"].get("size")
+        if options.masks:
+            notes["mask"] = pair.values["segmentation"]
+>>>>>>> main
     if pair.scores:
         notes |= {"scores": pair.scores, "explanations": pair.explanations}
     if wording == "advanced" and (about := pair.about(text)):
