@@ -35,6 +35,8 @@ _CANDIDATES: Final = 12
 """Pairs of each kind whose pictures are taken along, about."""
 _BESIDE: Final = 2
 """Pairs of a dataset beside its figures."""
+_MASKED: Final = frozenset({"advancededit", "magicbrush", "pairs"})
+"""Readers that hand on masks when they are asked to."""
 _SCORED: Final = 4
 """Pairs that are shown with their scores."""
 
@@ -112,6 +114,8 @@ def report(
 def _survey(
     name: str, dataset: DatasetConfig, rows: int, seed: int, tasks: int, progress: Progress | None
 ) -> _Surveyed:
+    if dataset.reader in _MASKED:
+        dataset = dataset.model_copy(update={"options": {"masks": True, **dataset.options}})
     chunks = chunks_of(dataset, seed)
     about = sum(entry.rows for chunk in chunks for entry in chunk.entries)
     wanted = _enough(chunks, rows)

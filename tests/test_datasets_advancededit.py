@@ -135,11 +135,7 @@ SCORES = {
 
 def test_pairs_of_the_construction_step_are_read_as_they_stand(root: Path) -> None:
     _write(root / "7.json", REMOVE_ADD)
-    meta = CAPTIONS | {
-        "bbox": [3, 2, 6, 3],
-        "mask": {"size": [8, 12], "counts": "j035000000000f0"},
-        "wording": "simple",
-    }
+    meta = CAPTIONS | {"bbox": [3, 2, 6, 3], "mask_size": [8, 12], "wording": "simple"}
     assert [(record.key, record.details()) for record in _records(root)] == [
         ("7-0-simple", {"class_origin": "straw_hat"} | meta),
         ("7-1-simple", {"class_target": "straw_hat"} | meta),
@@ -428,7 +424,7 @@ def test_the_sample_pair_with_its_paths_filled_in_lines_up(tmp_path: Path) -> No
     assert [removed.instruction, added.instruction] == ["remove the acoustic guitar", "add the acoustic guitar"]
     assert [removed.target, added.source] == [painted, painted]
     assert added.target == removed.source
-    assert removed.details()["mask"]["size"] == [3744, 5616]
+    assert removed.details()["mask_size"] == [3744, 5616]
     assert removed.source is not None
     x, y, width, height = (round(number * 960 / 5616) for number in pairs["2"]["bbox"])
     source = decode_image(removed.source).astype(np.int16)

@@ -33,7 +33,7 @@ from insightedit.platform.records import BadRow, BadRowError, Record, RecordTask
 Wording = Literal["simple", "advanced"]
 Score = Literal["instruction_follow", "non-overedit", "naturalness", "no_artifacts"]
 
-VERSION: Final = 3
+VERSION: Final = 2
 """Raised whenever the same files give other records."""
 PAIRS_EACH: Final = 10
 """Pairs of one photo, about."""
@@ -322,13 +322,9 @@ def _record(
     text = random.Random(f"{options.seed}:{key}").choice(texts)
     notes = {field: pair.values[field] for field in _NOTES if pair.values.get(field)}
     if isinstance(pair.values.get("segmentation"), dict):
-<<<<<<< HEAD
-        notes["mask"] = pair.values["segmentation"]
-=======
         notes["mask_size"] = pair.values["segmentation"].get("size")
         if options.masks:
             notes["mask"] = pair.values["segmentation"]
->>>>>>> main
     if pair.scores:
         notes |= {"scores": pair.scores, "explanations": pair.explanations}
     if wording == "advanced" and (about := pair.about(text)):
