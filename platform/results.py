@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from insightedit.platform.errors import InsightEditError
 
@@ -79,6 +82,21 @@ def read_results(path: Path) -> list[CaseResult]:
         return [_result(row) for row in rows]
     except (pa.ArrowException, OSError, KeyError, TypeError) as error:
         raise InsightEditError(f"{path} is no table of an evaluation ({error}): evaluate the version again.") from None
+
+
+def load_results(client: MlflowClient, run_id: str) -> list[CaseResult] | None:
+    """Read the table that an evaluation left with its run; None where it left none, or the run is gone.
+
+    Raises:
+        InsightEditError: the file is damaged.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            # A folder of this machine is read where it is; an object store's file is fetched.
+            path = client.download_artifacts(run_id, RESULTS_FILE, folder)
+        except (MlflowException, OSError):
+            return None
+        return read_results(Path(path))
 
 
 def _cell(value: object) -> object:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_batch, cli_cluster, cli_edit, cli_keys
+from insightedit import __version__, cli_batch, cli_cluster, cli_edit, cli_keys, cli_models, cli_promote
 from insightedit.console import (
     Group,
     Session,
@@ -35,11 +35,9 @@ from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.workdir import Workdir
 
 if TYPE_CHECKING:
-    from insightedit.jobs.promote import Promotion
     from insightedit.jobs.train import TrainingResult
     from insightedit.platform.config import RunConfig
     from insightedit.platform.evaluation import Evaluation
-    from insightedit.platform.registry import ModelVersion
     from insightedit.platform.trainer import Progress
     from insightedit.quickstart import Quickstart
 
@@ -361,52 +359,7 @@ for command in cli_cluster.COMMANDS:
 # -- model versions -------------------------------------------------------------------------------------------------
 
 
-@cli.group()
-def models() -> None:
-    """Model versions of the registry."""
-
-
-def _scored(version: ModelVersion) -> str:
-    score = version.tags.get("viescore")
-    return f"{float(score):.3f}" if score else "-"
-
-
-@models.command("list")
-@json_option
-def models_list(as_json: bool) -> None:
-    """Show all model versions, newest first."""
-    from insightedit.platform.registry import Registry
-
-    versions = Registry(open_workdir()).versions()
-    heading = ("VERSION", "ALIASES", "VIESCORE", "CREATED")
-    rows = [
-        (one.version, ", ".join(one.aliases) or "-", _scored(one), f"{one.created.astimezone():%Y-%m-%d %H:%M}")
-        for one in versions
-    ]
-    if not versions and not as_json:
-        click.echo("No model version yet: `insightedit quickstart` or `insightedit train nano` makes one.", err=True)
-        return
-    emit(versions, as_json, lambda: columns([heading, *rows]))
-
-
-@models.command("show")
-@click.argument("version", default="champion")
-@json_option
-def models_show(version: str, as_json: bool) -> None:
-    """Show one VERSION: a number or an alias, the champion unless given."""
-    from insightedit.platform.registry import Registry
-
-    found = Registry(open_workdir()).resolve(version)
-
-    def show() -> Iterable[str]:
-        yield f"{found.name} {found.version}"
-        yield f"aliases  {', '.join(found.aliases) or '-'}"
-        yield f"created  {found.created.astimezone():%Y-%m-%d %H:%M:%S}"
-        yield f"run      {found.run_id}"
-        yield f"folder   {found.folder}"
-        yield from (f"tag      {key} = {value}" for key, value in sorted(found.tags.items()))
-
-    emit(found, as_json, show)
+cli.add_command(cli_models.models)
 
 
 # -- judging and deciding -------------------------------------------------------------------------------------------
@@ -459,52 +412,8 @@ def _show_evaluation(named: str, evaluation: Evaluation) -> Iterable[str]:
     yield from columns([("", "EDITS", "VIESCORE", "S_I", "S_N"), *rows])
 
 
-@cli.command()
-@click.argument("version", default="challenger")
-@config_option
-@set_option
-@dry_run_option
-@json_option
-def promote(version: str, config: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Make a VERSION, the challenger unless given, the champion if it is better. Exit code 3 if it is not."""
-    from insightedit.display import Display
-    from insightedit.jobs.evaluate import evaluate as run_evaluation
-    from insightedit.jobs.promote import promote as run_promotion
-    from insightedit.platform.config import load_preset
-
-    run_config = load_preset(config, overrides)
-    workdir = open_workdir()
-
-    def judge(one: ModelVersion) -> None:
-        named = f"version {one.version}"
-        with Display() as display:
-            run_evaluation(
-                one, run_config, workdir, progress=lambda done, total: display.at("Evaluation", done, total, named)
-            )
-
-    done = run_promotion(workdir, version, run_config.promotion, judge, dry_run=dry_run)
-    emit(done, as_json, lambda: [_said(done)])
-
-
-@cli.command()
-@click.option("--reason", default="", help="Written down with it.")
-@dry_run_option
-@json_option
-def rollback(reason: str, dry_run: bool, as_json: bool) -> None:
-    """Make the champion before this one the champion again."""
-    from insightedit.jobs.promote import rollback as run_rollback
-
-    done = run_rollback(open_workdir(), reason, dry_run=dry_run)
-    emit(done, as_json, lambda: [_said(done)])
-
-
-def _said(done: Promotion) -> str:
-    """One move of the champion in words."""
-    if done.before == done.champion:
-        return f"Version {done.champion} is the champion already."
-    move = f"champion {done.before or '-'} -> {done.champion}"
-    score = f", VIEScore {done.evidence.viescore:.3f}" if done.evidence else ""
-    return f"{'Would move ' if done.dry_run else ''}{move}{score}"
+cli.add_command(cli_promote.promote)
+cli.add_command(cli_promote.rollback)
 
 
 # -- serving --------------------------------------------------------------------------------------------------------
