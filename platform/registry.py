@@ -56,13 +56,21 @@ class Registry:
         self.client = MlflowClient(tracking_uri=workdir.tracking_uri, registry_uri=workdir.tracking_uri)
         self.audit = AuditLog(self.client, name)
 
-    def register(self, folder: Path, run_id: str, tags: Mapping[str, str] | None = None) -> ModelVersion:
+    def register(
+        self,
+        folder: Path,
+        run_id: str,
+        tags: Mapping[str, str] | None = None,
+        *,
+        only: frozenset[str] | None = None,
+    ) -> ModelVersion:
         """Copy a pipeline folder into a run's artifacts and make it the newest version and `challenger`.
 
         Args:
             folder: what `InsightEditPipeline.save_pretrained` wrote.
             run_id: the MLflow run that made it.
             tags: lineage: stage runs, dataset fingerprints, config hash, git commit, evaluation figures.
+            only: the files to copy, as paths below the folder; all of them without it.
 
         Raises:
             NotFoundError: no pipeline folder, or no such run.
@@ -72,7 +80,7 @@ class Registry:
             raise NotFoundError(f"{folder} is not a pipeline folder (it has no model_index.json): name one that is.")
         artifacts = self._run_artifacts(run_id)
         target = artifacts / f"pipeline-{uuid.uuid4().hex[:12]}"
-        manifest = _copy_whole(folder, target)
+        manifest = _copy_whole(folder, target, only)
         lineage = {**(tags or {}), "run": run_id, "manifest": manifest.digest, "bytes": str(manifest.size)}
         self._ensure_model()
         made = self.client.create_model_version(self.name, source=target.as_uri(), run_id=run_id, tags=lineage)
@@ -265,11 +273,15 @@ def _local_path(uri: str) -> Path:
     return Path(unquote(parsed.path))
 
 
-def _copy_whole(folder: Path, target: Path) -> Manifest:
+def _copy_whole(folder: Path, target: Path, only: frozenset[str] | None) -> Manifest:
     """Copy a folder under a temporary name, write its manifest, and only then give it its name."""
     temporary = target.with_name(f"{target.name}.tmp")
     try:
-        shutil.copytree(folder, temporary)
+        if only is None:
+            shutil.copytree(folder, temporary)
+        for name in sorted(only or ()):
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, temporary / name)
         manifest = write_manifest(temporary)
         temporary.rename(target)
     except BaseException:
