@@ -54,6 +54,8 @@ class Promotion:
     """A gate had refused it."""
     entry: int | None = None
     """Its number in the audit log; None where nothing was moved."""
+    told: tuple[str, ...] = ()
+    """Aliases that somebody had moved without the audit log; they are put right."""
 
 
 def promote(
@@ -95,11 +97,13 @@ def promote(
     version = registry.resolve(reference)
     check_classes(registry.fetch(version))
     # What is decided here rests on the champion of this moment; if another one comes first, this is told.
-    last = registry.audit.last()
+    last, told = registry.audit.last(), tuple(registry.audit.astray())
     version, champion = _judge_alike(registry, version, evaluate)
     before = champion.version if champion else None
     if before == version.version:
-        return Promotion(champion=version.version, before=before, evidence=None, dry_run=dry_run)
+        if not dry_run:
+            registry.audit.reconcile()
+        return Promotion(champion=version.version, before=before, evidence=None, dry_run=dry_run, told=told)
     evidence = _evidence(registry, version, champion, config, measure)
     if evidence.refusals and not force:
         raise GateRefusedError(_refusal(version, champion, evidence), asdict(evidence))
@@ -109,6 +113,7 @@ def promote(
         evidence=evidence,
         dry_run=dry_run,
         forced=bool(evidence.refusals),
+        told=told,
     )
     if dry_run:
         return done
@@ -130,10 +135,10 @@ def rollback(workdir: Workdir, reason: str = "", *, dry_run: bool = False) -> Pr
         InsightEditError: the previous version's folder is damaged.
     """
     registry = Registry(workdir)
-    last = registry.audit.last()
+    last, told = registry.audit.last(), tuple(registry.audit.astray())
     champion, target = registry.resolve(CHAMPION), registry.resolve(PREVIOUS)
     registry.fetch(target)
-    done = Promotion(champion=target.version, before=champion.version, evidence=None, dry_run=dry_run)
+    done = Promotion(champion=target.version, before=champion.version, evidence=None, dry_run=dry_run, told=told)
     if dry_run:
         return done
     return replace(done, entry=registry.rollback(reason=reason, expected=last).number)

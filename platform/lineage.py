@@ -123,9 +123,9 @@ def difference(registry: Registry, first: ModelVersion, second: ModelVersion) ->
     """Compare two versions: files, lineage, configs and scores.
 
     Raises:
-        NotFoundError: the folder of one of them is gone.
+        InsightEditError: the folder of one of them is damaged or gone.
     """
-    manifests = [Manifest.read(one.folder) for one in (first, second)]
+    manifests = [Manifest.read(registry.fetch(one)) for one in (first, second)]
     before, after = (one.files for one in manifests)
     words = {
         name: "removed" if name not in after else "added" if name not in before else "changed"

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-
-from mlflow.exceptions import MlflowException
 
 from insightedit.platform.audit import line_of_champions
-from insightedit.platform.errors import InsightEditError
 from insightedit.platform.registry import ModelVersion, Registry
 
 HOLD = "hold."
@@ -48,7 +43,7 @@ def prune(
         dry_run: say what would go, delete nothing.
 
     Raises:
-        InsightEditError: a folder could not be deleted; the versions before it are gone.
+        InsightEditError: a version could not be deleted; those before it are gone.
     """
     kept: dict[str, str] = {}
     deleted: list[ModelVersion] = []
@@ -61,7 +56,7 @@ def prune(
             kept[version.version] = why
             continue
         if not dry_run:
-            _delete(registry, version)
+            registry.delete(version)
         deleted.append(version)
     return Pruned(
         deleted=tuple(one.version for one in deleted),
@@ -84,25 +79,3 @@ def held_by(registry: Registry, version: str, deployed: Collection[str] = (), li
         return "a rollback may go back to it"
     holds = {name.removeprefix(HOLD): why for name, why in found.tags.items() if name.startswith(HOLD)}
     return "; ".join(f"{name} holds it ({why})" for name, why in sorted(holds.items()))
-
-
-def _delete(registry: Registry, version: ModelVersion) -> None:
-    """The registry's entry first: a version without files would be worse than files without a version."""
-    try:
-        registry.client.delete_model_version(registry.name, version.version)
-    except MlflowException as error:
-        raise InsightEditError(f"Version {version.version} cannot be deleted ({error}): see the registry.") from error
-    folder = version.folder
-    if folder.is_dir() and _of_its_own(folder):
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            raise InsightEditError(
-                f"Version {version.version} is gone from the registry, but not its folder {folder} ({error.strerror}):"
-                " delete it by hand."
-            ) from error
-
-
-def _of_its_own(folder: Path) -> bool:
-    """Whether `Registry.register` made it: such a folder belongs to one version and nobody else."""
-    return folder.name.startswith("pipeline-")

@@ -7,12 +7,49 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlparse
+
+import yaml
+from pydantic import BaseModel, ConfigDict
 
 from insightedit.platform.errors import UsageError
 
 ENVIRONMENT_VARIABLE = "INSIGHTEDIT_WORKDIR"
+TRACKING_VARIABLE = "INSIGHTEDIT_TRACKING_URI"
+"""Comes before `registry.yaml`."""
+SHARED_FILE = "registry.yaml"
 DEFAULT_FOLDER = "insightedit-work"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+class SharedRegistry(BaseModel):
+    """`registry.yaml` in a work folder: the MLflow that a team shares."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tracking_uri: str = ""
+    """A tracking server, `http://mlflow.example:5000`, or a database, `postgresql://mlflow.example/mlflow`."""
+    artifacts: str = ""
+    """Where a new experiment's files go, `s3://bucket/folder`; empty leaves it to the tracking server."""
+
+    @classmethod
+    def read(cls, path: Path) -> SharedRegistry:
+        """Read the file.
+
+        Raises:
+            UsageError: it is no such file, or has a password in it.
+        """
+        try:
+            shared = cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        except (ValueError, yaml.YAMLError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise UsageError(f"{path} must have tracking_uri and perhaps artifacts: {said}.") from None
+        for uri in (shared.tracking_uri, shared.artifacts):
+            if urlparse(uri).password:
+                raise UsageError(
+                    f"{path} holds a password: give it in {TRACKING_VARIABLE}, MLFLOW_TRACKING_PASSWORD or PGPASSWORD."
+                )
+        return shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +91,33 @@ class Workdir:
 
     @property
     def tracking_uri(self) -> str:
-        """MLflow's tracking and registry database."""
-        return f"sqlite:///{self.root / 'mlflow.db'}"
+        """MLflow's tracking and registry: the folder's own database, or what a team shares.
+
+        Raises:
+            UsageError: `registry.yaml` cannot be read.
+        """
+        return os.environ.get(TRACKING_VARIABLE) or self._shared().tracking_uri or f"sqlite:///{self.root}/mlflow.db"
+
+    @property
+    def artifact_root(self) -> str | None:
+        """Where a new experiment's artifacts go; None leaves it to the tracking server.
+
+        Raises:
+            UsageError: `registry.yaml` cannot be read.
+        """
+        shared = self._shared()
+        if shared.artifacts:
+            return shared.artifacts
+        return None if self.tracking_uri.startswith("http") else self.artifacts.as_uri()
+
+    def _shared(self) -> SharedRegistry:
+        path = self.root / SHARED_FILE
+        return SharedRegistry.read(path) if path.is_file() else SharedRegistry()
+
+    @property
+    def versions(self) -> Path:
+        """Copies of model versions whose files are in a store."""
+        return self.root / "versions"
 
     @property
     def artifacts(self) -> Path:

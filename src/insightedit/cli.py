@@ -6,6 +6,7 @@ Results go to stdout and the rest to stderr. What a command needs is imported wh
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -44,11 +45,13 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-"""Environment in which libraries keep to themselves what is of no use to whoever typed a command."""
+"""Environment in which libraries keep to themselves what is of no use to whoever typed a command, and do not wait for
+minutes for a registry that is down."""
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -553,13 +556,22 @@ def run(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911  (one f
     except BrokenPipeError:
         return 1  # Whoever read the results has heard enough.
     except Exception as error:  # noqa: BLE001  (people get a sentence, whoever mends it the traceback)
-        return _fail(f"{_one_line(error)} This is a fault of insightedit; details are in {_write_down(session)}.", 1)
+        return _fail(_unexpected(error, session), 1)
     return result if isinstance(result, int) else 0
 
 
 def _fail(message: str, code: int) -> int:
     click.echo(f"Error: {message}", err=True)
     return code
+
+
+def _unexpected(error: Exception, session: Session) -> str:
+    """What to say of an error that is none of ours."""
+    # MLflow has one class for everything; only its client says this.
+    if type(error).__name__ == "MlflowException" and re.search(r"API request to \S+ failed with", str(error)):
+        where = Workdir.open(session.folder).tracking_uri
+        return f"The registry at {where} does not answer: see whether it is up, and run the command again."
+    return f"{_one_line(error)} This is a fault of insightedit; details are in {_write_down(session)}."
 
 
 def _one_line(error: Exception) -> str:

@@ -86,6 +86,7 @@ def rollback(reason: str, dry_run: bool, as_json: bool) -> None:
 
 def _said(done: Promotion) -> Iterable[str]:
     """One move of the champion in words."""
+    yield from done.told
     if done.before == done.champion:
         yield f"Version {done.champion} is the champion already."
         return
