@@ -174,7 +174,7 @@ def _evidence(
     most = config.max_latency_ratio
     if champion is not None and most is not None and all(verdict.passed for verdict in verdicts):
         seconds = measure([registry.fetch(one) for one in (version, champion)])
-        verdicts.append(latency_gate(*seconds, most))
+        verdicts.append(latency_gate(seconds[0], seconds[1], most))
     return Evidence(
         viescore=float(version.tags["viescore"]),
         champion_viescore=float(champion.tags["viescore"]) if champion else None,

@@ -330,7 +330,7 @@ class PromotionConfig(_Settings):
     task_level: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """The chance that an equal version is refused because noise makes any of its tasks look fallen."""
     task_margin: Share = 0.0
-    """A task's VIEScore may be lower by this."""
+    """A task's VIEScore may be lower by this; with `not-worse`, by `margin` at least."""
     max_unjudged: Share = 0.02
     """Share of cases that may lack a score for one of the two."""
     max_latency_ratio: Annotated[float, Field(gt=0)] | None = 1.5
@@ -341,6 +341,11 @@ class PromotionConfig(_Settings):
         if self.compare == "not-worse" and not self.margin:
             raise ValueError("margin must be above 0 with compare: not-worse")
         return self
+
+    @property
+    def task_fall(self) -> float:
+        """By how much a task's VIEScore may be lower."""
+        return max(self.task_margin, self.margin if self.compare == "not-worse" else 0.0)
 
     def minimum_scores(self) -> dict[str, float]:
         """All minimum scores by name."""

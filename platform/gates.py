@@ -119,10 +119,10 @@ def compare(pairs: Pairs, bound: float = 0.0, sign: int = 1) -> Comparison:
         sign: -1 tests whether the loss is above the bound.
     """
     numbers, scenes = np.unique(pairs.scenes, return_inverse=True)
-    sums = np.bincount(scenes, weights=sign * pairs.gains - bound)
+    sums = _totals(scenes, sign * pairs.gains - bound)
     gain = float(pairs.gains.mean())
     # The mean is over cases, so a scene's share in it is the sum over its cases.
-    own = np.bincount(scenes, weights=pairs.gains - gain)
+    own = _totals(scenes, pairs.gains - gain)
     spread = 1.96 * float(np.sqrt((own**2).sum())) / len(pairs.gains)
     return Comparison(
         gain=gain,
@@ -132,6 +132,11 @@ def compare(pairs: Pairs, bound: float = 0.0, sign: int = 1) -> Comparison:
         cases=len(pairs.gains),
         scenes=len(numbers),
     )
+
+
+def _totals(scenes: NDArray[np.intp], values: Vector) -> Vector:
+    """The sum of each scene's values."""
+    return np.bincount(scenes, weights=values).astype(np.float64)
 
 
 def sign_flip_p(sums: Vector) -> Vector:
@@ -257,7 +262,7 @@ def _tasks(pairs: Pairs, config: PromotionConfig) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for name in names:
         own = pairs.of(name)
-        tested = compare(own, config.task_margin, sign=-1)
+        tested = compare(own, config.task_fall, sign=-1)
         verdicts.append(
             Verdict(
                 gate="tasks",

@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import urlparse
-
-import yaml
-from pydantic import BaseModel, ConfigDict
+from typing import TYPE_CHECKING
 
 from insightedit.platform.errors import UsageError
+
+if TYPE_CHECKING:
+    from insightedit.platform.shared_registry import SharedRegistry
 
 ENVIRONMENT_VARIABLE = "INSIGHTEDIT_WORKDIR"
 TRACKING_VARIABLE = "INSIGHTEDIT_TRACKING_URI"
@@ -20,36 +20,6 @@ TRACKING_VARIABLE = "INSIGHTEDIT_TRACKING_URI"
 SHARED_FILE = "registry.yaml"
 DEFAULT_FOLDER = "insightedit-work"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-
-
-class SharedRegistry(BaseModel):
-    """`registry.yaml` in a work folder: the MLflow that a team shares."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tracking_uri: str = ""
-    """A tracking server, `http://mlflow.example:5000`, or a database, `postgresql://mlflow.example/mlflow`."""
-    artifacts: str = ""
-    """Where a new experiment's files go, `s3://bucket/folder`; empty leaves it to the tracking server."""
-
-    @classmethod
-    def read(cls, path: Path) -> SharedRegistry:
-        """Read the file.
-
-        Raises:
-            UsageError: it is no such file, or has a password in it.
-        """
-        try:
-            shared = cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-        except (ValueError, yaml.YAMLError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise UsageError(f"{path} must have tracking_uri and perhaps artifacts: {said}.") from None
-        for uri in (shared.tracking_uri, shared.artifacts):
-            if urlparse(uri).password:
-                raise UsageError(
-                    f"{path} holds a password: give it in {TRACKING_VARIABLE}, MLFLOW_TRACKING_PASSWORD or PGPASSWORD."
-                )
-        return shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +66,9 @@ class Workdir:
         Raises:
             UsageError: `registry.yaml` cannot be read.
         """
-        return os.environ.get(TRACKING_VARIABLE) or self._shared().tracking_uri or f"sqlite:///{self.root}/mlflow.db"
+        shared = self._shared()
+        own = f"sqlite:///{self.root / 'mlflow.db'}"
+        return os.environ.get(TRACKING_VARIABLE) or (shared.tracking_uri if shared else "") or own
 
     @property
     def artifact_root(self) -> str | None:
@@ -106,13 +78,18 @@ class Workdir:
             UsageError: `registry.yaml` cannot be read.
         """
         shared = self._shared()
-        if shared.artifacts:
+        if shared and shared.artifacts:
             return shared.artifacts
         return None if self.tracking_uri.startswith("http") else self.artifacts.as_uri()
 
-    def _shared(self) -> SharedRegistry:
+    def _shared(self) -> SharedRegistry | None:
         path = self.root / SHARED_FILE
-        return SharedRegistry.read(path) if path.is_file() else SharedRegistry()
+        if not path.is_file():
+            return None
+        # Only here: `insightedit --help` is quick.
+        from insightedit.platform.shared_registry import SharedRegistry  # noqa: PLC0415
+
+        return SharedRegistry.read(path)
 
     @property
     def versions(self) -> Path:

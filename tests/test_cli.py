@@ -431,7 +431,9 @@ def test_promote_and_rollback_say_what_they_did(insightedit: Any, no_model: Path
         "champion - -> 1, VIEScore 0.600",
         "  passed  minimum: its VIEScore is 0.600 on 80 cases, and a champion needs more than 0.500",
     ]
-    planned = insightedit("promote", "2", "--dry-run", *quick).out.splitlines()
+    dry = insightedit("promote", "2", "--dry-run", *quick)
+    planned = dry.out.splitlines()
+    assert planned, dry.err
     assert planned[0] == "Would move champion 1 -> 2, VIEScore 0.800"
     assert "passed  better: its VIEScore differs from the champion's by +0.200" in planned[3]
     moved = insightedit("promote", "2", "--json", *quick).json

@@ -55,13 +55,11 @@ def test_equal_versions_pass_in_five_percent_or_less(shared: Shared) -> None:
     assert passes(0.0, shared, "steps") <= 0.05
 
 
-@pytest.mark.parametrize("shared", ["apart", "kin"])
-@pytest.mark.parametrize("way", ["steps", "edits"])
+@pytest.mark.parametrize(("shared", "way"), [("apart", "edits"), ("kin", "steps")])
 def test_worse_versions_hardly_ever_pass(shared: Shared, way: Way) -> None:
     assert passes(-0.05, shared, way) <= 0.01
 
 
-@pytest.mark.parametrize("shared", ["apart", "kin"])
-@pytest.mark.parametrize("way", ["steps", "edits"])
+@pytest.mark.parametrize(("shared", "way"), [("apart", "steps"), ("apart", "edits"), ("kin", "steps")])
 def test_better_versions_mostly_pass(shared: Shared, way: Way) -> None:
     assert passes(0.05, shared, way) >= 0.80

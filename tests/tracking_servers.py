@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,10 @@ class Breaking:
             def _answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 reached, answered = outer._next()
-                if reached:
-                    headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
-                    answer = client.request(self.command, self.path, headers=headers, content=body)
-                if not reached or not answered:
+                headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
+                send = partial(client.request, self.command, self.path, headers=headers, content=body)
+                answer = send() if reached else None
+                if answer is None or not answered:
                     self.close_connection = True
                     self.connection.close()
                     return
@@ -115,7 +116,7 @@ class Breaking:
         self._server.server_close()
 
     @contextlib.contextmanager
-    def dying_at(self, request: int, *, delivered: bool) -> Iterator[None]:
+    def dying_at(self, request: int, *, delivered: bool) -> Generator[None]:
         """Answer this many requests and then none; the fatal one may still reach the server."""
         with self._lock:
             self.requests, self._fatal, self._delivered = 0, request, delivered
