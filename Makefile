@@ -25,7 +25,7 @@ quickstart: $(INSTALLED)  ## The whole path, from images to a served edit; ARGS=
 	$(BIN)/insightedit quickstart $(ARGS)
 
 test: $(INSTALLED)  ## The tests that every change must pass
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(INSTALLED)  ## The tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -48,23 +48,26 @@ format: $(INSTALLED)  ## Put the code into ruff's form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# benchmarks/NAME.py prints its figures and writes out/NAME.json; NAME_peers.py is a part of it, figures.py of all.
+# benchmarks/NAME.py prints its figures and writes out/NAME.json; NAME_PART.py is a part of it, figures.py of all.
 # full_size_step.py wants a GPU and sources; it runs when it is named.
-NO_BENCHMARKS := %_peers.py benchmarks/figures.py benchmarks/full_size_step.py
+NO_BENCHMARKS := %_peers.py benchmarks/serve_%.py benchmarks/figures.py benchmarks/full_size_step.py
 BENCHMARKS := $(filter-out $(NO_BENCHMARKS),$(sort $(wildcard benchmarks/*.py)))
 bench: $(patsubst benchmarks/%.py,bench-%,$(BENCHMARKS))  ## Every benchmark
 
 bench-%: $(INSTALLED)  ## One benchmark, benchmarks/%.py
 	$(BIN)/python benchmarks/$*.py $(ARGS)
 
-PEERS := .venv-peers/.installed
-$(PEERS): benchmarks/peers.txt
-	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers.txt
+# Peers pin other versions than we do, so those of a benchmark have an environment of their own.
+.venv-%-peers/.installed: benchmarks/%_peers.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
 	@touch $@
 
-bench-data: $(INSTALLED) $(PEERS)  ## Our stream beside torch's DataLoader, Hugging Face datasets and MosaicML streaming
-	$(BIN)/python benchmarks/data.py --folder out/bench-data --peers .venv-peers/bin/python --rows 100000 $(ARGS)
+bench-data: $(INSTALLED) .venv-data-peers/.installed  ## Our stream beside torch's DataLoader, Hugging Face datasets and MosaicML streaming
+	$(BIN)/python benchmarks/data.py --folder out/bench-data --peers .venv-data-peers/bin/python --rows 100000 $(ARGS)
+
+bench-serve: $(INSTALLED) .venv-serve-peers/.installed  ## Our engine and server beside diffusers, LitServe and BentoML
+	$(BIN)/python benchmarks/serve.py --peers .venv-serve-peers/bin/python $(ARGS)
 
 KUBE := deploy/kuberay
 kube-examples: $(INSTALLED)  ## deploy/kuberay/ anew from run.yaml, after a change of what the commands write

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from insightedit.serve.keys import Caller
-from insightedit.serve.schema import ApiError, overloaded
+from insightedit.serve.schema import LEAST_TIMEOUT, ApiError, overloaded
 from insightedit.serve.settings import Limits
 
 TIMEOUT_HEADER = "x-request-timeout"
@@ -37,8 +37,8 @@ def asked_seconds(headers: Mapping[str, str]) -> float | None:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
-        message = f"The header {TIMEOUT_HEADER} must be a number of seconds above 0."
+    if not LEAST_TIMEOUT <= seconds < math.inf:
+        message = f"The header {TIMEOUT_HEADER} must be a number of seconds, {LEAST_TIMEOUT:g} or more."
         raise ApiError(400, "invalid_value", message, TIMEOUT_HEADER)
     return seconds
 

@@ -20,6 +20,8 @@ SEED_LIMIT = 2**32
 OutputFormat = Literal["png", "jpeg", "webp"]
 SchedulerName = Literal["ddim", "euler", "euler_a", "dpm++"]
 """The ways to denoise that an edit may choose; `model.schedulers` builds them."""
+LEAST_TIMEOUT = 1.0
+"""Seconds that a request gives its edit at the least."""
 SOURCES = 16
 """Images that one request may send, as at OpenAI's."""
 FiniteFloat = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -108,7 +110,7 @@ class EditFields(BaseModel):
     """What to keep away from."""
     scheduler: SchedulerName | None = None
     """The way to denoise; the model's own without it."""
-    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    timeout: Annotated[float, Field(ge=LEAST_TIMEOUT, allow_inf_nan=False)] | None = None
     """Seconds from the request's arrival after which it is given up with 504; the server's own limit holds as well."""
 
     @property

@@ -367,7 +367,7 @@ def test_an_edit_that_takes_too_long_is_given_up(backend: InvertingBackend) -> N
         refused(post(client), 504, None)
 
 
-@pytest.mark.parametrize(("header", "field"), [(None, "0.1"), ("0.1", None), ("0.1", "60"), ("60", "0.1")])
+@pytest.mark.parametrize(("header", "field"), [(None, "1"), ("1", None), ("1", "60"), ("60", "1")])
 def test_a_request_may_say_how_long_it_waits(
     client: TestClient, backend: InvertingBackend, header: str | None, field: str | None
 ) -> None:
@@ -375,10 +375,10 @@ def test_a_request_may_say_how_long_it_waits(
     data = {"prompt": "x", **({"timeout": field} if field else {})}
     headers = {"x-request-timeout": header} if header else {}
     response = client.post(EDIT_PATH, data=data, files={"image": ("a", encoded(picture()))}, headers=headers)
-    assert "longer than 0.1 seconds" in refused(response, 504, None)
+    assert "longer than 1 seconds" in refused(response, 504, None)
 
 
-@pytest.mark.parametrize("header", ["", "soon", "0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("header", ["", "soon", "0", "0.9", "-1", "nan", "inf"])
 def test_a_wrong_timeout_is_named(client: TestClient, header: str) -> None:
     files = {"image": ("a", encoded(picture()))}
     response = client.post(EDIT_PATH, data={"prompt": "x"}, files=files, headers={"x-request-timeout": header})
