@@ -172,7 +172,7 @@ def _evidence(
         raise InsightEditError("The evaluation has left no results.parquet with its run: evaluate the version again.")
     verdicts = decide(own, its, config)
     most = config.max_latency_ratio
-    if champion is not None and most is not None and all(verdict.passed for verdict in verdicts):
+    if champion is not None and most and all(verdict.passed for verdict in verdicts):
         seconds = measure([registry.fetch(one) for one in (version, champion)])
         verdicts.append(latency_gate(seconds[0], seconds[1], most))
     return Evidence(

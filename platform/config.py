@@ -333,8 +333,8 @@ class PromotionConfig(_Settings):
     """A task's VIEScore may be lower by this; with `not-worse`, by `margin` at least."""
     max_unjudged: Share = 0.02
     """Share of cases that may lack a score for one of the two."""
-    max_latency_ratio: Annotated[float, Field(gt=0)] | None = 1.5
-    """How many times as long as the champion's an edit may take; null asks nothing."""
+    max_latency_ratio: Annotated[float, Field(ge=0)] = 1.5
+    """How many times as long as the champion's an edit may take; with 0 it is not measured."""
 
     @model_validator(mode="after")
     def _margin_makes_sense(self) -> PromotionConfig:

@@ -426,7 +426,7 @@ def test_promote_and_rollback_say_what_they_did(insightedit: Any, no_model: Path
     for score in (0.6, 0.8, 0.7):
         tags = keep_evaluation(registry, workdir, even_table(score), "the same")
         registry.register(empty_pipeline(tmp_path / "pipeline"), run_id, tags)
-    quick = ["--set", "promotion.max_latency_ratio=null"]
+    quick = ["--set", "promotion.max_latency_ratio=0"]
     assert insightedit("promote", "1", *quick).out.splitlines() == [
         "champion - -> 1, VIEScore 0.600",
         "  passed  minimum: its VIEScore is 0.600 on 80 cases, and a champion needs more than 0.500",

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from judged_versions import empty_pipeline, even_table, keep_evaluation
 from mlflow.exceptions import MlflowException
 from moto.server import ThreadedMotoServer
-from tracking_servers import Breaking, TrackingServer, free_port
+from tracking_servers import Breaking, PostgreSQL, TrackingServer, free_port
 
 from insightedit import cli
 from insightedit.jobs.promote import promote
@@ -27,7 +28,7 @@ from insightedit.platform.retention import prune
 from insightedit.platform.tracking import ensure_experiment
 from insightedit.platform.workdir import TRACKING_VARIABLE, Workdir
 
-GATE = PromotionConfig(max_latency_ratio=None)
+GATE = PromotionConfig(max_latency_ratio=0)
 BUCKET = "insightedit-versions"
 
 
@@ -53,6 +54,26 @@ def s3() -> Iterator[dict[str, str]]:
     client.create_bucket(Bucket=BUCKET)
     yield {**keys, "MLFLOW_S3_ENDPOINT_URL": url}
     server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PostgreSQL.is_here(), reason="no initdb and postgres on the path")
+def test_a_registry_on_postgresql_and_s3(s3: dict[str, str], tmp_path: Path) -> None:
+    """What a team runs: two who promote at once through a server on PostgreSQL, versions in S3."""
+    with PostgreSQL() as database:
+        server = TrackingServer(tmp_path, database.url, f"s3://{BUCKET}/postgres", s3)
+        server.start()
+        try:
+            ann, bob = (member(server.url, tmp_path / name) for name in ("ann", "bob"))
+            versions = [add(ann, tmp_path / "pipeline", viescore) for viescore in (0.6, 0.8, 0.9)]
+            promote(ann, versions[0].version, GATE, never, no_time)
+            _race(ann, [version.version for version in versions[1:]])
+            registry = Registry(bob)
+            champion = registry.resolve("champion")
+            assert registry.fetch(champion).is_relative_to(bob.versions)
+            assert registry.rollback().to_version == versions[0].version
+        finally:
+            server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +186,7 @@ def test_a_registry_that_is_killed_is_told_in_one_sentence_and_goes_on(
     server: TrackingServer, team: tuple[Workdir, Workdir], capfd: pytest.CaptureFixture[str]
 ) -> None:
     ann, _ = team
-    arguments = ["--workdir", str(ann.root), "--set", "promotion.max_latency_ratio=null"]
+    arguments = ["--workdir", str(ann.root), "--set", "promotion.max_latency_ratio=0"]
     server.kill()
     for command in (["promote"], ["rollback"], ["models", "list"]):
         capfd.readouterr()
@@ -210,20 +231,25 @@ def test_of_two_who_promote_at_once_one_wins_and_the_other_is_told(
     ann, _ = team
     third = add(ann, tmp_path / "pipeline", 0.9)
     second = str(int(third.version) - 1)
+    _race(ann, [second, third.version])
+
+
+def _race(workdir: Workdir, versions: Sequence[str]) -> None:
     running = [
-        subprocess.Popen([sys.executable, "-c", PROMOTE, str(ann.root), version], stdout=subprocess.PIPE, text=True)
-        for version in (second, third.version)
+        subprocess.Popen([sys.executable, "-c", PROMOTE, str(workdir.root), version], stdout=subprocess.PIPE, text=True)
+        for version in versions
     ]
-    while len(list(ann.root.glob("decided-*"))) < 2:
+    while len(list(workdir.root.glob("decided-*"))) < len(versions):
         assert all(process.poll() is None for process in running)
-    (ann.root / "go").touch()
+        time.sleep(0.01)
+    (workdir.root / "go").touch()
     said = sorted(process.communicate(timeout=120)[0].strip() for process in running)
     assert said[0].startswith("ConflictError Version ")
     assert "came first" in said[0]
-    registry = Registry(ann)
+    registry = Registry(workdir)
     champion = registry.resolve("champion").version
     assert said[1] == f"promoted {champion}"
-    assert champion in (second, third.version)
+    assert champion in versions
     assert [entry.to_version for entry in registry.audit.entries()][1:] == [champion]
     assert registry.audit.astray() == []
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Generator, Mapping
@@ -133,3 +135,43 @@ class Breaking:
             if self._fatal is None or self.requests < self._fatal:
                 return True, True
             return self.requests == self._fatal and self._delivered, False
+
+
+class PostgreSQL:
+    """A PostgreSQL of this machine, if it has one, with an empty database."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"postgresql+psycopg://mlflow@127.0.0.1:{self.port}/postgres"
+        # It refuses to run as root, and the tests' own folders are closed to others.
+        self._user: dict[str, Any] = {"user": "nobody"} if os.getuid() == 0 else {}
+        self._folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        if self._user:
+            shutil.chown(self._folder, "nobody")
+
+    @staticmethod
+    def is_here() -> bool:
+        """Whether `initdb` and `postgres` are on the path."""
+        return shutil.which("initdb") is not None and shutil.which("postgres") is not None
+
+    def __enter__(self) -> PostgreSQL:
+        data = str(self._folder / "data")
+        made = ["initdb", "--pgdata", data, "--username", "mlflow", "--auth", "trust", "--no-sync"]
+        subprocess.run(made, check=True, capture_output=True, cwd=self._folder, **self._user)
+        settings = [f"port={self.port}", "listen_addresses=127.0.0.1", f"unix_socket_directories={self._folder}"]
+        command = ["postgres", "-D", data, *(word for setting in settings for word in ("-c", setting))]
+        with (self._folder / "log").open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, **self._user)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return self
+            time.sleep(0.1)
+        raise AssertionError((self._folder / "log").read_text())
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(60)
+        shutil.rmtree(self._folder, ignore_errors=True)
