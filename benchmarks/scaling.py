@@ -38,9 +38,7 @@ Seconds = dict[str, float]
 def main() -> None:
     """Measure each part several times, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", type=Path, default=FOUNDATION, help="A folder instead of nano's foundation."
-    )
+    parser.add_argument("--model", type=Path, default=FOUNDATION, help="A folder instead of nano's foundation.")
     parser.add_argument("--size", type=int, default=32, help="Side of the edited images in pixels.")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--clients", type=int, default=8, help="Who begin to send at once.")

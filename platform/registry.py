@@ -210,11 +210,17 @@ class Registry:
         return self._change(change, last if expected is None else expected)
 
     def rollback(
-        self, *, reason: str = "", evidence: Mapping[str, Any] | None = None, expected: int | None = None
+        self,
+        *,
+        version: str = PREVIOUS,
+        reason: str = "",
+        evidence: Mapping[str, Any] | None = None,
+        expected: int | None = None,
     ) -> AuditEntry:
         """Make `previous` the champion again; a second rollback goes one further back.
 
         Args:
+            version: another one, that was the champion before.
             reason: why, in words.
             evidence: the figures that speak against the champion.
             expected: number of the last audit entry when it was decided; what it is now without it.
@@ -224,7 +230,7 @@ class Registry:
             ConflictError: another change came first.
         """
         last = self.audit.last()
-        champion, target = self.resolve(CHAMPION), self.resolve(PREVIOUS)
+        champion, target = self.resolve(CHAMPION), self.resolve(version)
         change = Change(
             action="rollback",
             to_version=target.version,

@@ -58,6 +58,11 @@ class Ticket:
     waiting: set[asyncio.Future[None]] = field(default_factory=set[asyncio.Future[None]])
     displaced: ApiError | None = None
 
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - asyncio.get_running_loop().time()
+
     def shorten(self, seconds: float | None) -> None:
         """Take the time that the request itself allows, if that is less."""
         if seconds is not None and seconds < self.seconds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +117,43 @@ class VersionEntry(BaseModel):
     """Whether its replicas may all be gone until the next edit: then nobody asks them how they are."""
 
 
+class Canary(BaseModel):
+    """A version that makes a share of the edits, until it has shown that it is not worse."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str
+    share: float
+    sticky: bool = False
+    """Whether a caller's user has all edits by the same version."""
+
+
+class RolloutStatus(BaseModel):
+    """How far a new version has come, as people read it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    version: str
+    old: str
+    """The version that it takes over from."""
+    entry: int
+    """The audit entry that asked for it."""
+    state: Literal["loading", "canary", "full", "rolled_back"]
+    since: float
+    """When that began, in seconds since the epoch."""
+    reason: str = ""
+    """Why it was rolled back."""
+    answers: int = 0
+    """Edits that it made for users."""
+    failures: int = 0
+    """Edits that it failed at; the old version made them."""
+    pairs: int = 0
+    """Edits that both made, whose quality is compared."""
+    quality: float | None = None
+    """Its quality on them, 0 to 1."""
+    old_quality: float | None = None
+
+
 class VersionTable(BaseModel):
     """Which versions are served, and which one an edit gets that names none."""
 
@@ -124,6 +161,32 @@ class VersionTable(BaseModel):
 
     default: str
     versions: dict[str, VersionEntry]
+    """Those that people may name."""
+    others: dict[str, VersionEntry] = {}
+    """Loaded as well, but nobody's choice: a canary, and versions on their way out."""
+    canary: Canary | None = None
+    """One of the others."""
+    rollout: RolloutStatus | None = None
+    """The last one, also when it is over."""
+
+    def entry(self, version: str) -> VersionEntry | None:
+        """A loaded version's."""
+        return self.versions.get(version) or self.others.get(version)
+
+    def choose(self, model: str | None, draw: float) -> str:
+        """The version for a request, which may be the canary where it names no version by its number.
+
+        Args:
+            model: as `resolve` takes it.
+            draw: from 0 to 1; below the canary's share it gets the edit.
+
+        Raises:
+            ApiError: 404, naming what is served.
+        """
+        version = self.resolve(model)
+        if self.canary is None or version != self.default or _named(model) == version:
+            return version
+        return self.canary.version if draw < self.canary.share else version
 
     def resolve(self, model: str | None) -> str:
         """The version that a request's `model` means.
@@ -134,7 +197,7 @@ class VersionTable(BaseModel):
         Raises:
             ApiError: 404, naming what is served.
         """
-        name = (model or "").removeprefix("models:/").removeprefix(MODEL_NAME).lstrip("@/")
+        name = _named(model)
         if not name:
             return self.default
         for version, entry in self.versions.items():
@@ -145,13 +208,16 @@ class VersionTable(BaseModel):
         raise ApiError(404, "model_not_found", message, "model")
 
 
+def _named(model: str | None) -> str:
+    """The number or alias in a request's `model`; empty where it names none."""
+    return (model or "").removeprefix("models:/").removeprefix(MODEL_NAME).lstrip("@/")
+
+
 class Backend(Protocol):
     """Edits images. The gateway's own is `routing.ReplicaBackend`; tests bring theirs."""
 
-    @property
-    def table(self) -> VersionTable:
-        """What is served."""
-        ...
+    table: VersionTable
+    """What is served; another one may be put in its place at any time."""
 
     async def edit(self, version: str, job: EditJob, on_partial: PartialTaker | None = None) -> EditOutcome:
         """Do an edit. Whoever cancels the task that awaits it takes the edit out of the engine at its next step.

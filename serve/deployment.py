@@ -16,7 +16,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from insightedit.platform.errors import InsightEditError, UsageError
-from insightedit.platform.registry import Registry
+from insightedit.platform.registry import CHAMPION, Registry
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.door import check_access
 from insightedit.serve.fleet import FleetStatus
@@ -87,6 +87,8 @@ def up(
         aliases=version.aliases,
         folder=registry.fetch(version),
         port=_claimed_port(settings.host, port),
+        # Who asks for a version by its number gets that one.
+        follows=settings.rollout.follow and not reference.isdecimal() and CHAMPION in version.aliases,
         settings=settings.model_copy(update={"log_folder": settings.log_folder or str(workdir.logs / "serve")}),
     )
     if dry_run:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from http import HTTPStatus
 
 import numpy as np
 from starlette.requests import ClientDisconnect, Request
@@ -21,12 +23,15 @@ from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, PartialTaker
 from insightedit.serve.door import caller_of
 from insightedit.serve.forms import EditRequest, read_edit_request
 from insightedit.serve.idempotency import REPLAYED_HEADER, Claim, IdempotencyKeys, KeyedRequest, fingerprint, key_of
-from insightedit.serve.logs import log_edit
+from insightedit.serve.logs import LOGGER, log_edit
 from insightedit.serve.meters import Meters
 from insightedit.serve.schema import SEED_LIMIT, ApiError, EditFields
 from insightedit.serve.settings import Limits
 from insightedit.serve.streams import Emit, EventStream, Running, all_or_none, while_client_stays
+from insightedit.serve.trials import Trials
 from insightedit.serve.uploads import Mask, Pixels, decode_mask, decode_upload, encode_image, finish_image
+
+logger = logging.getLogger(LOGGER)
 
 StreamEvent = PartialImageEvent | CompletedEvent
 PROBE_SECONDS = 30.0
@@ -97,6 +102,22 @@ class Plan:
     fields: EditFields
     pieces: list[Piece]
     steps: int
+    took: list[float] = field(default_factory=list[float])
+    """Seconds of each edit that the present version has made, from its place on."""
+
+    @property
+    def version(self) -> str:
+        """Of the model."""
+        return self.claim.version
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An image that is there and has not been kept or sent."""
+
+    event: CompletedEvent
+    pixels: Pixels
+    """As the model gave it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +131,12 @@ class Picture:
 class EditService:
     """Answers edit requests: admitted, in fair turn, in time."""
 
-    def __init__(self, backend: Backend, limits: Limits, meters: Meters, keys: IdempotencyKeys) -> None:
+    def __init__(self, backend: Backend, limits: Limits, meters: Meters, keys: IdempotencyKeys, trials: Trials) -> None:
         self.backend = backend
         self.limits = limits
         self.meters = meters
         self.keys = keys
+        self.trials = trials
         self.admission = Admission(limits)
         # A decoded image may be a hundred times its file: two at a time bound the memory.
         self._decoding = asyncio.Semaphore(2)
@@ -183,7 +205,8 @@ class EditService:
             request = await read_edit_request(visit.request, self.limits)
         visit.user = request.fields.user
         ticket.shorten(request.fields.timeout)
-        visit.version = self.backend.table.resolve(request.fields.model)
+        draw = self.trials.draw(caller_of(visit.request).name, visit.user)
+        visit.version = self.backend.table.choose(request.fields.model, draw)
         async with self._decoding:
             return await asyncio.to_thread(_decode, request, self.limits)
 
@@ -201,13 +224,16 @@ class EditService:
             yield claim
 
     async def _plan(self, visit: Visit, ticket: Ticket, wanted: Wanted, claim: Claim) -> Plan:
-        if claim.version not in self.backend.table.versions:
+        table = self.backend.table
+        # A version that was rolled back is gone before it has made an image that anybody was sent.
+        if table.entry(claim.version) is None and not await claim.move(table.default):
             message = (
                 f"Model version {claim.version}, which this Idempotency-Key has, is not served any more; use a new key."
             )
             raise ApiError(410, "version_gone", message, "Idempotency-Key")
         fields = wanted.request.fields
-        steps = await self._steps(fields, claim.version)
+        # What a request costs does not depend on whom chance gave it to.
+        steps = await self._steps(fields, table.default if self.trials.on_trial(claim.version) else claim.version)
         self.admission.charge(ticket.caller, sum(map(_area, wanted.sources)), steps, fields.n)
         pieces = _pieces(fields, claim.seed, wanted.sources, wanted.mask, ticket.caller.allowance.priority)
         return Plan(visit=visit, ticket=ticket, claim=claim, fields=fields, pieces=pieces, steps=steps)
@@ -241,7 +267,12 @@ class EditService:
             visit.version, visit.seed = claim.version, claim.seed
             if claim.kept is None:
                 plan = await self._plan(visit, ticket, wanted, claim)
-                return await all_or_none([self._image(plan, piece, emit) for piece in plan.pieces])
+                visit.version = plan.version
+                if self.trials.on_trial(plan.version):
+                    return await self._try_out(plan, emit)
+                images = await all_or_none([self._whole(plan, piece, emit) for piece in plan.pieces])
+                self.trials.answered(plan.version, max(plan.took))
+                return images
         visit.replayed = True
         self.meters.replayed.inc()
         if emit is not None:
@@ -249,34 +280,82 @@ class EditService:
                 await emit(image)
         return claim.kept
 
-    async def _image(self, plan: Plan, piece: Piece, emit: Emit[StreamEvent] | None) -> CompletedEvent:
-        """One image, when it is the request's turn and before its deadline."""
+    async def _try_out(self, plan: Plan, emit: Emit[StreamEvent] | None) -> list[CompletedEvent]:
+        """The images by a version on trial, or all of them by the default one when it fails at any.
+
+        Nothing of it is kept or sent before everything is there: no answer is of two versions.
+        """
+        tried, table = plan.version, self.backend.table
+        limit = self.trials.limit(plan.ticket.left)
+        try:
+            made = await all_or_none([self._image(plan, piece, None, limit) for piece in plan.pieces])
+        except Exception as error:
+            if plan.ticket.displaced is not None or not await plan.claim.move(table.default):
+                raise
+            logger.warning("version %s has failed at an edit: %s: %s", tried, type(error).__name__, error)
+            made = await self._by_default(plan, tried, error)
+        else:
+            self.trials.answered(tried, max(plan.took))
+            self.trials.shadow(plan.pieces[0].job, made[0].pixels)
+        plan.visit.version = plan.version
+        return [await self._hand_out(plan, one, emit) for one in made]
+
+    async def _by_default(self, plan: Plan, tried: str, error: Exception) -> list[Made]:
+        """The images by the version that the plan has moved to, where another one has failed."""
+        plan.took.clear()
+        made = await all_or_none([self._image(plan, piece, None) for piece in plan.pieces])
+        self.meters.stood_in.labels(tried).inc()
+        if not (isinstance(error, ApiError) and error.status == HTTPStatus.TOO_MANY_REQUESTS):
+            self.trials.failed(tried)
+        self.trials.answered(plan.version, max(plan.took))
+        return made
+
+    async def _whole(self, plan: Plan, piece: Piece, emit: Emit[StreamEvent] | None) -> CompletedEvent:
+        """One image, kept and sent."""
+        return await self._hand_out(plan, await self._image(plan, piece, emit), emit)
+
+    async def _hand_out(self, plan: Plan, made: Made, emit: Emit[StreamEvent] | None) -> CompletedEvent:
+        kept = await plan.claim.keep(made.event)
+        if emit is not None:
+            await emit(kept)
+        return kept
+
+    async def _image(
+        self, plan: Plan, piece: Piece, emit: Emit[StreamEvent] | None, limit: float | None = None
+    ) -> Made:
+        """One image, when it is the request's turn and before its deadline.
+
+        Args:
+            plan: the request's.
+            piece: which.
+            emit: takes images in progress.
+            limit: seconds that the edit itself may take.
+        """
         begun = time.perf_counter()
         cost = _area(piece.job.pixels) * plan.steps
         on_partial = None if emit is None else _partial_taker(plan.fields, piece, emit)
         async with plan.ticket.in_time(), self.admission.place(plan.ticket, cost):
             waited = time.perf_counter() - begun
-            outcome = await self.backend.edit(plan.claim.version, piece.job, on_partial)
+            async with asyncio.timeout(limit):
+                outcome = await self.backend.edit(plan.version, piece.job, on_partial)
+        plan.took.append(time.perf_counter() - begun - waited)
         outcome = replace(outcome, queue_seconds=outcome.queue_seconds + waited)
         self.meters.queue.observe(outcome.queue_seconds)
         self.meters.step.observe(outcome.edit_seconds / outcome.steps)
         picture = await asyncio.to_thread(_picture, outcome.pixels, piece, plan.fields)
-        image = CompletedEvent(
+        event = CompletedEvent(
             b64_json=picture.b64_json,
             created_at=int(time.time()),
             size=picture.size,
             output_format=plan.fields.output_format,
             image_index=piece.index,
             usage=Usage.of(outcome),
-            model_version=plan.claim.version,
+            model_version=plan.version,
             seed=piece.job.seed,
             request_id=plan.visit.request_id,
             timing=Timing.of(outcome, plan.visit.seconds),
         )
-        kept = await plan.claim.keep(image)
-        if emit is not None:
-            await emit(kept)
-        return kept
+        return Made(event, outcome.pixels)
 
     # -- how the server is ---------------------------------------------------------------------------------------
 

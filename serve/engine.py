@@ -22,6 +22,7 @@ from insightedit.model.guidance import EditConditions, Guidance
 from insightedit.model.pipeline import InsightEditPipeline, as_images, load_conditioner, load_editor
 from insightedit.serve.backend import Conditions, Edited, EditJob, Refusal, VersionInfo
 from insightedit.serve.caches import ByteCache, content_key
+from insightedit.serve.gentle import gently
 from insightedit.serve.settings import EngineSettings
 from insightedit.serve.uploads import Pixels
 
@@ -42,10 +43,12 @@ def _device() -> torch.device:
 class ConditionEngine:
     """Language model, Q-Former, BIM and adapter: one pass an edit, or one for several."""
 
-    def __init__(self, folder: str, exact: bool, settings: EngineSettings) -> None:
-        """Load what this half needs from a verified local folder."""
+    def __init__(self, folder: str, exact: bool, settings: EngineSettings, gentle_until: float = 0.0) -> None:
+        """Load what this half needs from a verified local folder, until some time behind everybody else's work."""
         dtype = getattr(torch, settings.precision)
-        self._pipeline: InsightEditPipeline = load_conditioner(folder, dtype).to(_device())
+        self._pipeline: InsightEditPipeline = gently(
+            gentle_until, lambda: load_conditioner(folder, dtype).to(_device())
+        )
         self._exact = exact
         self._known = ByteCache[Conditions](settings.cache_bytes, _size_of_conditions)
 
@@ -134,7 +137,14 @@ class EditEngine:
     cancelled does not. A second thread encodes source images, decodes partial and finished ones.
     """
 
-    def __init__(self, folder: str, exact: bool, settings: EngineSettings, patience: float = float("inf")) -> None:
+    def __init__(
+        self,
+        folder: str,
+        exact: bool,
+        settings: EngineSettings,
+        patience: float = float("inf"),
+        gentle_until: float = 0.0,
+    ) -> None:
         """Load what this half needs from a verified local folder, and start the threads.
 
         Args:
@@ -142,8 +152,10 @@ class EditEngine:
             exact: every edit takes its steps alone, on one CPU thread, as `InsightEditPipeline(..., exact=True)` does.
             settings: of the engine.
             patience: seconds after which a step, or an image's way through the VAE, counts as stuck.
+            gentle_until: until when, in seconds since the epoch, it loads behind everybody else's work.
         """
-        pipeline = load_editor(folder, getattr(torch, settings.precision)).to(_device())
+        dtype = getattr(torch, settings.precision)
+        pipeline = gently(gentle_until, lambda: load_editor(folder, dtype).to(_device()))
         if settings.channels_last:
             pipeline.unet.to(memory_format=torch.channels_last)
             pipeline.vae.to(memory_format=torch.channels_last)
@@ -333,7 +345,11 @@ class EditEngine:
     def _image(self, flight: _Flight, latents: Tensor) -> Pixels:
         """Latents (1, 4, h, w) as an image of the source's size."""
         height, width = flight.job.pixels.shape[:2]
-        return np.asarray(as_images(self._pipeline.decode(latents).cpu(), [(width, height)])[0])
+        decoded = self._pipeline.decode(latents).cpu()
+        if not torch.isfinite(decoded).all():
+            # As bytes, what is no number is black, and nobody would be told.
+            raise ArithmeticError("the edit came to values that are not numbers; look at the version's weights")
+        return np.asarray(as_images(decoded, [(width, height)])[0])
 
     # -- on either -------------------------------------------------------------------------------------------------
 

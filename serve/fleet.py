@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from insightedit.serve.backend import VersionTable
+from insightedit.serve.backend import RolloutStatus, VersionTable
 
 InHand = Mapping[tuple[str, str], int]
 """Calls that gateways have made and not seen answered, by model version and deployment."""
@@ -53,6 +53,8 @@ class FleetStatus(_Shown):
 
     versions: tuple[VersionStatus, ...]
     deployments: tuple[DeploymentStatus, ...]
+    rollout: RolloutStatus | None = None
+    """The last change of version, under way or over; None where there was none since the server's start."""
 
 
 def fleet_status(details: Mapping[str, Any], table: VersionTable, in_hand: InHand) -> FleetStatus:
@@ -64,7 +66,7 @@ def fleet_status(details: Mapping[str, Any], table: VersionTable, in_hand: InHan
         in_hand: the gateways' own count, of the gateways too, whose version is "".
     """
     applications: Mapping[str, Any] = details["applications"]
-    versions = {entry.application: version for version, entry in table.versions.items()}
+    versions = {entry.application: version for version, entry in {**table.others, **table.versions}.items()}
     deployments = [
         _deployment(one, versions.get(name), in_hand)
         for name, application in sorted(applications.items())
@@ -81,6 +83,7 @@ def fleet_status(details: Mapping[str, Any], table: VersionTable, in_hand: InHan
             for version, entry in table.versions.items()
         ),
         deployments=tuple(deployments),
+        rollout=table.rollout,
     )
 
 

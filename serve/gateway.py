@@ -6,7 +6,8 @@ import asyncio
 import base64
 import logging
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,8 +31,9 @@ from insightedit.serve.idempotency import KEY_PARAMETER, IdempotencyKeys
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import CONTENT_TYPE, Meters
 from insightedit.serve.schema import SEED_LIMIT, ApiError, ErrorResponse
-from insightedit.serve.settings import Limits, StateSettings
+from insightedit.serve.settings import Limits, RolloutSettings, StateSettings
 from insightedit.serve.state_store import SqliteStore
+from insightedit.serve.trials import Trials
 from insightedit.serve.uploads import encode_image
 
 logger = logging.getLogger(LOGGER)
@@ -157,6 +159,7 @@ def build_app(
     sets_request_id: bool = True,
     access: Access | None = None,
     keys: IdempotencyKeys | None = None,
+    trials: Trials | None = None,
 ) -> FastAPI:
     """The whole HTTP interface over some backend.
 
@@ -167,13 +170,20 @@ def build_app(
         sets_request_id: whether to answer with `x-request-id`; Serve's own proxy does so already.
         access: who may come in; anybody without it.
         keys: what is kept of requests under an `Idempotency-Key`; without it, in this process alone.
+        trials: its part of rollouts; without it, the backend's table stays.
     """
-    if keys is None:
-        settings = StateSettings()
-        keys = IdempotencyKeys(SqliteStore(":memory:", settings.bytes), settings)
-    service = EditService(backend, limits, meters, keys)
+    settings = StateSettings()
+    keys = keys or IdempotencyKeys(SqliteStore(":memory:", settings.bytes), settings)
+    followed = trials or Trials(backend, RolloutSettings(), SqliteStore(":memory:", settings.bytes), None)
+    service = EditService(backend, limits, meters, keys, followed)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
+        async with followed.following():
+            yield
+
     # FastAPI's documentation pages load scripts from another host; /openapi.json stays.
-    app = _Application(title="InsightEdit", docs_url=None, redoc_url=None)
+    app = _Application(title="InsightEdit", docs_url=None, redoc_url=None, lifespan=lifespan)
     if access is not None:
         app.add_middleware(Door, access=access, meters=meters)
     app.add_middleware(OuterLayer, sets_request_id=sets_request_id)

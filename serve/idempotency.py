@@ -131,16 +131,33 @@ class Claim:
         """
         return image
 
+    async def move(self, version: str) -> bool:
+        """Have the images made by another version.
+
+        Returns:
+            Whether they may be: not once one of them has been kept.
+        """
+        self.version = version
+        return True
+
 
 class _KeyedClaim(Claim):
-    def __init__(self, keys: IdempotencyKeys, name: str, record: _Record) -> None:
-        super().__init__(record.seed, record.version)
+    def __init__(self, keys: IdempotencyKeys, request: KeyedRequest, lease: _Lease) -> None:
+        super().__init__(lease.record.seed, lease.record.version)
         self._keys = keys
-        self._name = name
+        self._request = request
+        self._lease = lease
 
     async def keep(self, image: CompletedEvent) -> CompletedEvent:
         """See `Claim.keep`."""
-        return await self._keys.keep(self._name, image)
+        return await self._keys.keep(self._request.name, image)
+
+    async def move(self, version: str) -> bool:
+        """See `Claim.move`. Whoever takes the work over finds the other version recorded."""
+        if await self._keys.any_kept(self._request):
+            return False
+        await self._lease.write(version=version)
+        return await super().move(version)
 
 
 class IdempotencyKeys:
@@ -170,7 +187,7 @@ class IdempotencyKeys:
             return
         lease = _Lease(self._store, f"key/{request.name}", taken, self._settings, self._clock)
         async with lease.held():
-            yield _KeyedClaim(self, request.name, taken)
+            yield _KeyedClaim(self, request, lease)
 
     async def _take(self, request: KeyedRequest, seed: int, version: str) -> _Record | Claim:
         """The record, once it is ours; or the images, once they are there."""
@@ -199,6 +216,16 @@ class IdempotencyKeys:
         """Every image, or None if one of them is gone."""
         found = [await self._store.get(f"image/{request.name}/{index}") for index in range(request.images)]
         return None if None in found else [CompletedEvent.model_validate_json(one) for one in found if one is not None]
+
+    async def any_kept(self, request: KeyedRequest) -> bool:
+        """Whether an image has been made and kept for a request, whether it is still there or not.
+
+        Raises:
+            ApiError: 503 if the store is not to be had.
+        """
+        with _store_errors():
+            marks = [await self._store.get(f"digest/{request.name}/{index}") for index in range(request.images)]
+        return any(mark is not None for mark in marks)
 
     async def keep(self, name: str, image: CompletedEvent) -> CompletedEvent:
         """See `Claim.keep`.
@@ -235,10 +262,11 @@ class _Lease:
     def __init__(self, store: StateStore, name: str, record: _Record, settings: StateSettings, clock: Clock) -> None:
         self._store = store
         self._name = name
-        self._record = record
+        self.record = record
         self._settings = settings
         self._clock = clock
         self._over = asyncio.Event()
+        self._writing = asyncio.Lock()
 
     @asynccontextmanager
     async def held(self) -> AsyncGenerator[None]:
@@ -252,7 +280,7 @@ class _Lease:
             # Not cancelled: what a change that was cut off has made of the record is not known.
             self._over.set()
             await renewing
-            await self._write(owner="", lease_end=0.0, done=done)
+            await self.write(owner="", lease_end=0.0, done=done)
 
     async def _renew(self) -> None:
         while not self._over.is_set():
@@ -260,18 +288,19 @@ class _Lease:
                 async with asyncio.timeout(self._settings.lease_seconds / _RENEWALS):
                     await self._over.wait()
                     return
-            await self._write(lease_end=self._clock() + self._settings.lease_seconds)
+            await self.write(lease_end=self._clock() + self._settings.lease_seconds)
 
-    async def _write(self, **changes: str | float | bool) -> None:
+    async def write(self, **changes: str | float | bool) -> None:
         """Change the record, unless it is somebody else's by now: what has been kept is safe from either."""
-        after = self._record.model_copy(update=changes)
-        expires = self._clock() + self._settings.key_seconds
-        expected = {self._name: self._record.entry(expires).value}
-        try:
-            if await self._store.change(expected, {self._name: after.entry(expires)}):
-                self._record = after
-        except (StoreFullError, StoreUnreachableError) as error:
-            logger.warning("the lease of an idempotency key cannot be changed: %s", error)
+        async with self._writing:
+            after = self.record.model_copy(update=changes)
+            expires = self._clock() + self._settings.key_seconds
+            expected = {self._name: self.record.entry(expires).value}
+            try:
+                if await self._store.change(expected, {self._name: after.entry(expires)}):
+                    self.record = after
+            except (StoreFullError, StoreUnreachableError) as error:
+                logger.warning("the lease of an idempotency key cannot be changed: %s", error)
 
 
 @contextmanager

@@ -40,6 +40,12 @@ class Meters:
             "Edit requests answered with what was kept under their Idempotency-Key.",
             registry=self._registry,
         )
+        self.stood_in = Counter(
+            "insightedit_edit_stood_in",
+            "Edits that a version on trial failed at, and the default one made; by the one that failed.",
+            ["model_version"],
+            registry=self._registry,
+        )
         self.duration = self._histogram("duration", "Time from the request's arrival to its answer.")
         self.queue = self._histogram("queue", "Time an edit waited for a conditioner and an editor.")
         self.step = self._histogram("step", "Time of one denoising step, encoding and decoding shared out over them.")

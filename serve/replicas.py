@@ -7,6 +7,7 @@ The engines are imported where a replica starts: whoever deploys these classes n
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import queue
 import time
@@ -16,10 +17,16 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from insightedit.serve.backend import Conditions, Edited, EditJob, Partial, Refusal, VersionInfo
+from insightedit.serve.gentle import gently
 from insightedit.serve.settings import EngineSettings
 from insightedit.serve.uploads import Pixels
 
 Result = TypeVar("Result")
+
+
+def _import_engines() -> None:
+    """Most of the time that a replica of a small model takes to start."""
+    importlib.import_module("insightedit.serve.engine")
 
 
 class Lane:
@@ -62,7 +69,9 @@ class _Waiting:
 class Conditioner:
     """The first half: language model, Q-Former, BIM and adapter, one pass an edit, or for those that wait together."""
 
-    def __init__(self, folder: str, exact: bool, patience: float, settings: EngineSettings) -> None:
+    def __init__(
+        self, folder: str, exact: bool, patience: float, settings: EngineSettings, gentle_until: float
+    ) -> None:
         """Load from a verified local folder.
 
         Args:
@@ -70,10 +79,12 @@ class Conditioner:
             exact: whether to run in exact mode.
             patience: seconds after which an edit counts as stuck.
             settings: of the engine.
+            gentle_until: until when, in seconds since the epoch, it loads behind everybody else's work.
         """
+        gently(gentle_until, _import_engines)
         from insightedit.serve.engine import ConditionEngine, use_threads  # noqa: PLC0415  (see above)
 
-        self._engine = ConditionEngine(folder, exact, settings)
+        self._engine = ConditionEngine(folder, exact, settings, gentle_until)
         # In exact mode a pass is one edit's, and each is answered when its own has ended.
         self._at_once = 1 if exact else settings.max_batch
         self._waiting: queue.PriorityQueue[_Waiting] = queue.PriorityQueue()
@@ -116,7 +127,15 @@ class Conditioner:
 class Editor:
     """The second half: the UNet's steps between the VAE's encoder and decoder. Its application's entrance."""
 
-    def __init__(self, folder: str, exact: bool, patience: float, settings: EngineSettings, conditioner: Any) -> None:
+    def __init__(
+        self,
+        folder: str,
+        exact: bool,
+        patience: float,
+        settings: EngineSettings,
+        gentle_until: float,
+        conditioner: Any,
+    ) -> None:
         """Load from a verified local folder.
 
         Args:
@@ -124,11 +143,13 @@ class Editor:
             exact: whether to run in exact mode.
             patience: seconds after which an edit counts as stuck.
             settings: of the engine.
+            gentle_until: until when, in seconds since the epoch, it loads behind everybody else's work.
             conditioner: Serve's handle of the other half of the same version.
         """
+        gently(gentle_until, _import_engines)
         from insightedit.serve.engine import EditEngine  # noqa: PLC0415  (see above)
 
-        self._engine = EditEngine(folder, exact, settings, patience)
+        self._engine = EditEngine(folder, exact, settings, patience, gentle_until)
         self._conditioner = conditioner
 
     async def edit(self, job: EditJob, conditions: Conditions) -> Edited:

@@ -35,6 +35,7 @@ from insightedit.serve.meters import Meters
 from insightedit.serve.schema import ApiError, overloaded
 from insightedit.serve.settings import Limits, ServeSettings
 from insightedit.serve.state_store import open_store
+from insightedit.serve.trials import Trials
 
 logger = logging.getLogger(LOGGER)
 Result = TypeVar("Result")
@@ -87,7 +88,8 @@ class ReplicaBackend:
         A version that may sleep is asked once: asking again would keep it awake.
         """
         when, known = self._infos.get(version, (float("-inf"), None))
-        sleeps = self.table.versions[version].sleeps
+        entry = self.table.entry(version)
+        sleeps = entry is not None and entry.sleeps
         if known is not None and (sleeps or time.monotonic() - when < ANSWER_SECONDS):
             return known
         try:
@@ -100,7 +102,11 @@ class ReplicaBackend:
         return info
 
     def _handle(self, version: str, deployment: str) -> Any:
-        return serve.get_deployment_handle(deployment, app_name=self.table.versions[version].application)
+        entry = self.table.entry(version)
+        if entry is None:
+            message = f"Model version {version} is not served any more; send the request again."
+            raise ApiError(503, "unavailable", message, retry_after=self._limits.retry_after)
+        return serve.get_deployment_handle(deployment, app_name=entry.application)
 
     async def _edit_in_parts(
         self, version: str, job: EditJob, conditions: Conditions, on_partial: PartialTaker
@@ -136,7 +142,9 @@ class ReplicaBackend:
 
     async def _attempts(self, version: str, what: str, attempt: Callable[[], Awaitable[Result]]) -> Result:
         """What replicas do, done again where one dies under it."""
-        for number in range(1, self._limits.attempts + 1):
+        # A version that is nobody's choice has another one to stand in for it, at once.
+        attempts = 1 if version in self.table.others else self._limits.attempts
+        for number in range(1, attempts + 1):
             try:
                 return await attempt()
             except _LOST as error:
@@ -165,12 +173,13 @@ def _cancelling(response: Any) -> Generator[None]:
 class Gateway:
     """The gateway as a Serve deployment. Its version table is its `user_config` and changes without a restart."""
 
-    def __init__(self, settings: dict[str, Any], table: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], table: dict[str, Any], channel: str | None = None) -> None:
         """Build the gateway.
 
         Args:
             settings: a `ServeSettings` as plain data.
             table: the first `VersionTable`, as plain data.
+            channel: where later ones come, in the store.
         """
         own = ServeSettings.model_validate(settings)
         self._limits = own.limits
@@ -179,6 +188,7 @@ class Gateway:
         self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits, self._meters)
         store = open_store(own.state.url, Workdir.open().root / "state.db", own.state.bytes)
         self._keys = IdempotencyKeys(store, own.state)
+        self._trials = Trials(self._backend, own.rollout, store, channel)
 
     def reconfigure(self, table: dict[str, Any]) -> None:
         """Take another version table, as plain data."""
@@ -186,7 +196,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve puts behind the route."""
-        app = build_app(self._backend, self._limits, self._meters, False, self._access, self._keys)
+        app = build_app(self._backend, self._limits, self._meters, False, self._access, self._keys, self._trials)
         app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
         return app
 

@@ -5,13 +5,15 @@ Run by `insightedit serve up` as `python -m insightedit.serve.server PLAN`, with
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
 import tempfile
 import threading
+import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,17 +22,25 @@ import psutil
 import ray as untyped_ray
 from ray import serve as untyped_serve
 
+from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import ENVIRONMENT_VARIABLE, Workdir
 from insightedit.serve.applications import (
     GATEWAY_APPLICATION,
+    ServeFleet,
     gateway_application,
     single_version_table,
     version_application,
     version_application_name,
 )
+from insightedit.serve.follower import Follower, Place
 from insightedit.serve.ingress import remove_haproxy_files
-from insightedit.serve.meters import FOLDER_VARIABLE
+from insightedit.serve.meters import FOLDER_VARIABLE, Meters
+from insightedit.serve.quality import JudgedQuality, PixelQuality, Quality
+from insightedit.serve.routing import ReplicaBackend
+from insightedit.serve.settings import ServeSettings
 from insightedit.serve.state import ServePlan, ServeState, clear_state, write_state
+from insightedit.serve.state_store import open_store
+from insightedit.serve.trials import Channel
 
 ray: Any = untyped_ray
 serve: Any = untyped_serve
@@ -63,7 +73,7 @@ def local_cluster(workdir: Workdir, folder: Path) -> Generator[None]:
         ray.shutdown()
 
 
-def deploy(plan: ServePlan) -> None:
+def deploy(plan: ServePlan, channel: str | None = None) -> None:
     """Start Serve with the plan's version and the gateway; return when both run."""
     settings = plan.settings
     # The gateway gives an edit up first, and says so properly.
@@ -77,9 +87,58 @@ def deploy(plan: ServePlan) -> None:
                 name=version_application_name(plan.version),
                 route_prefix=None,
             ),
-            serve.RunTarget(gateway_application(table, settings), name=GATEWAY_APPLICATION, route_prefix="/"),
+            serve.RunTarget(gateway_application(table, settings, channel), name=GATEWAY_APPLICATION, route_prefix="/"),
         ]
     )
+
+
+@contextmanager
+def following(plan: ServePlan, workdir: Workdir, channel: str | None, state: ServeState) -> Generator[None]:
+    """Go after the audit log on a thread of its own while the block runs, unless there is no channel."""
+    if channel is None:
+        yield
+        return
+    settings = plan.settings
+    table = single_version_table(plan.version, plan.aliases, settings.sleeps)
+    store = open_store(settings.state.url, workdir.root / "state.db", settings.state.bytes)
+
+    def on_full(version: str, aliases: tuple[str, ...]) -> None:
+        write_state(workdir, state.model_copy(update={"model_version": version, "aliases": aliases}))
+
+    place = Place(
+        registry=Registry(workdir),
+        fleet=ServeFleet(settings),
+        backend=ReplicaBackend(table, settings.limits, Meters()),
+        store=store,
+        channel=Channel(channel),
+        quality=_quality(settings, workdir),
+        # A request may wait that long in its gateway before it is handed on.
+        drain_seconds=settings.limits.edit_seconds + 15,
+        on_full=on_full,
+    )
+    follower = Follower(place, settings.rollout, settings.sleeps)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(follower.run())
+
+    def run() -> None:
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
+
+    thread = threading.Thread(target=run, name="follower")
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+
+
+def _quality(settings: ServeSettings, workdir: Workdir) -> Quality:
+    if settings.rollout.judge is None:
+        return PixelQuality()
+    from insightedit.platform.judges.choosing import build_judge  # noqa: PLC0415  (a local model needs torch)
+
+    return JudgedQuality(build_judge(settings.rollout.judge, workdir))
 
 
 def main(plan_file: str) -> None:
@@ -109,9 +168,12 @@ def main(plan_file: str) -> None:
             # Not before: Ray puts handlers of its own in place.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, stop)
-            deploy(plan)
-            write_state(workdir, state.model_copy(update={"state": "up"}))
-            stopped.wait()
+            channel = uuid.uuid4().hex if plan.follows else None
+            deploy(plan, channel)
+            state = state.model_copy(update={"state": "up"})
+            write_state(workdir, state)
+            with following(plan, workdir, channel, state):
+                stopped.wait()
     finally:
         clear_state(workdir)
         remove_haproxy_files()

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, IPvAnyNetwork, ValidationError, model_validator
 
+from insightedit.platform.config import JudgeConfig
 from insightedit.platform.errors import NotFoundError, UsageError
 
 Count = Annotated[int, Field(ge=1)]
@@ -144,6 +145,68 @@ class StateSettings(_Settings):
         return self
 
 
+def _no_judge_of_shapes(judge: JudgeConfig) -> JudgeConfig:
+    if isinstance(judge, str):
+        raise ValueError("the judge of shapes needs edits whose truth is known, and users' are not")
+    return judge
+
+
+class RolloutSettings(_Settings):
+    """How a newly promoted version takes over from the one that is served: see `rollout`."""
+
+    follow: bool = True
+    """Go after the audit log: a server of the champion takes every promotion and rollback over while it runs."""
+    poll_seconds: Annotated[float, Field(ge=0.05)] = 1.0
+    """How often the audit log is read."""
+    share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    """Of the edits that a new version makes until it has shown that it is not worse."""
+    sticky: bool = False
+    """Let a caller's user (the request's `user` under its API key) have all edits by the same version meanwhile."""
+    load_seconds: Seconds = 600.0
+    """Time for a new version to load and to make its first edits."""
+    gentle_seconds: Annotated[float, Field(ge=0)] = 120.0
+    """How long replicas of a new version, as they start, leave the processors to whoever else wants them."""
+    warm_edits: Count = 4
+    """Edits that both versions make before the new one has its share."""
+    min_requests: Count = 20
+    """Edits after which a new version may take all of them."""
+    min_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Time on its share, likewise."""
+    max_seconds: Seconds = 900.0
+    """Time on its share after which it takes all edits though fewer came, if nothing speaks against it."""
+    min_failures: Count = 3
+    """Failures that rule a version out, if they are more than `max_failed` of its edits. One may be a lost machine."""
+    max_failed: Annotated[float, Field(ge=0, le=1)] = 0.05
+    min_timed: Count = 8
+    """Edits of each version whose times are compared by their medians."""
+    max_slowdown: Annotated[float, Field(ge=1)] = 1.5
+    """How many times the old version's an edit's time may be."""
+    slack_seconds: Annotated[float, Field(ge=0)] = 0.1
+    """Seconds that it may take beyond that."""
+    shadow_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Of the new version's edits that the old one makes too, behind all others, for their quality to be compared."""
+    shadow_seconds: Seconds = 3600.0
+    """How long such pairs of edits are kept."""
+    min_pairs: Annotated[int, Field(ge=2)] = 4
+    """Such pairs that say something of quality."""
+    quality_margin: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Quality, of 0 to 1, that a new version may be below the old one's, beyond what chance explains."""
+    judge: Annotated[JudgeConfig, AfterValidator(_no_judge_of_shapes)] | None = None
+    """A language model that compares the quality of edits, as an evaluation's `judge`; pixels alone without it."""
+    min_verdicts: Count = 10
+    """Edits of each version that users must have accepted or rejected before that counts."""
+    reject_margin: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of edits by which users may reject more of a new version's, beyond what chance explains."""
+    keep_seconds: Annotated[float, Field(ge=0)] = 3600.0
+    """How long the version before stays loaded, for a rollback to take no time."""
+
+    @model_validator(mode="after")
+    def _an_end_after_the_beginning(self) -> Self:
+        if self.max_seconds < self.min_seconds:
+            raise ValueError(f"max_seconds {self.max_seconds:g} is less than min_seconds {self.min_seconds:g}")
+        return self
+
+
 class ServeSettings(_Settings):
     """Everything `insightedit serve up` can be told beside the model version and the port."""
 
@@ -167,6 +230,7 @@ class ServeSettings(_Settings):
     editor: Scaling = Scaling(max_ongoing=16)
     engine: EngineSettings = EngineSettings()
     state: StateSettings = StateSettings()
+    rollout: RolloutSettings = RolloutSettings()
 
     @property
     def sleeps(self) -> bool:

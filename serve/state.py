@@ -24,6 +24,8 @@ class ServePlan(BaseModel):
     folder: Path
     port: int
     settings: ServeSettings
+    follows: bool = False
+    """Whether it goes after the audit log."""
 
     @property
     def url(self) -> str:

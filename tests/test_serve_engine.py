@@ -388,8 +388,8 @@ def test_a_stuck_engine_says_so(folder: Path, conditions: dict[str, Conditions],
 
 def test_replicas_work_on_several_edits_at_once(folder: Path, pipeline: Any) -> None:
     async def story() -> None:
-        conditioner = Conditioner(str(folder), True, 60, SETTINGS)
-        editor = Editor(str(folder), True, 60, SETTINGS, None)
+        conditioner = Conditioner(str(folder), True, 60, SETTINGS, 0.0)
+        editor = Editor(str(folder), True, 60, SETTINGS, 0.0, None)
         jobs = [dataclasses.replace(job, partials=2) for job in JOBS.values()]
         answers = [given(answer) for answer in await asyncio.gather(*map(conditioner.condition, jobs))]
         gone = asyncio.ensure_future(editor.edit(jobs[1], answers[1]))

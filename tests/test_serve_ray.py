@@ -25,6 +25,7 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 from playwright.sync_api import Browser, expect
+from rollouts import Load, ended, of_index, register, rollout
 from tiny_models import build_sources, tiny_config
 
 from insightedit import cli
@@ -35,9 +36,18 @@ from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.client import edit_over_http, served_url
 from insightedit.serve.deployment import ServeStatus, down, status, up
-from insightedit.serve.settings import ServeSettings
+from insightedit.serve.settings import ServeSettings, read_settings
 
 pytestmark = pytest.mark.timeout(300)
+# Whether a version is slower is for the tests on a quiet machine.
+QUICK_ROLLOUT = [
+    "rollout.poll_seconds=0.2",
+    "rollout.share=0.4",
+    "rollout.min_requests=8",
+    "rollout.min_seconds=1",
+    "rollout.max_slowdown=100",
+    "rollout.shadow_share=0.3",
+]
 PROMPT = "remove the red circle"
 browser = test_serve_page.browser
 
@@ -67,7 +77,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serve")
     workdir = Workdir.open(folder / "work")
     version_folder = register_champion(workdir, folder)
-    server = up(workdir, port=0)
+    server = up(workdir, port=0, settings=read_settings(None, QUICK_ROLLOUT))
     yield Served(workdir, server, version_folder)
     down(workdir)
 
@@ -271,6 +281,42 @@ def test_overload_is_answered_with_429_and_passes(served: Served) -> None:
     assert {response.status_code for response in responses} == {200, 429}
     assert all("retry-after" in response.headers for response in responses if response.status_code == 429)
     assert edit(served, picture()) == edit(served, picture())
+
+
+def test_versions_come_and_go_under_load_and_nobody_notices(served: Served, tmp_path: Path) -> None:
+    url, registry = served_url(served.workdir), Registry(served.workdir)
+    load = Load(url, png(picture()), {"prompt": PROMPT + " and make it blue", "num_inference_steps": "2"}, rate=6)
+    # It reads the first edits' short instructions, and not those of these users.
+    broken = register(served.workdir, served.folder, tmp_path, of_index(prompt_length=45)).version
+    good = register(served.workdir, served.folder, tmp_path, of_index(guidance_scale=3.0)).version
+    with load.running():
+        registry.promote(broken)
+        out = ended(url, broken)
+        begun = time.monotonic()
+        registry.promote(good)
+        full = ended(url, good)
+        time.sleep(1)  # Gateways look for another table four times a second.
+        settled = time.monotonic()
+        time.sleep(1)
+        assert status(served.workdir).model_version == good
+        registry.rollback(reason="a test")
+        back = time.monotonic() + 2
+        time.sleep(3)
+    assert (out.state, full.state) == ("rolled_back", "full"), (out, full)
+    assert "edits failed by it and not by the old version" in out.reason
+    assert [(entry.action, entry.to_version) for entry in registry.audit.entries()][1:] == [
+        ("promote", broken), ("rollback", "1"), ("promote", good), ("rollback", "1"),
+    ]  # fmt: skip
+    assert load.failed == 0
+    assert load.mixed() == 0
+    assert not load.by(broken)
+    assert {answer.version for answer in load.answers if settled < answer.sent < back - 2} == {good}
+    assert {answer.version for answer in load.answers if answer.sent > back} == {"1"}
+    assert load.by(good, begun)
+    assert status(served.workdir).model_version == "1"
+    last = rollout(url)
+    assert last is not None
+    assert (last.version, last.state) == ("1", "full")
 
 
 def test_a_server_that_does_not_come_up_shows_its_log(served: Served, tmp_path: Path) -> None:

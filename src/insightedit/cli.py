@@ -398,11 +398,11 @@ def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool,
             progress=lambda done, total: display.at("Evaluation", done, total, named),
             judging=lambda done, total: display.at("Judging", done, total, named),
         )
-    report = result.evaluation.to_json() | {"model": named, "run": result.run_id}
-    emit(report, as_json, lambda: _show_evaluation(named, result.evaluation))
+    report = result.evaluation.to_json() | {"model": named, "run": result.run_id, "report": result.report}
+    emit(report, as_json, lambda: _show_evaluation(named, result.evaluation, result.report))
 
 
-def _show_evaluation(named: str, evaluation: Evaluation) -> Iterable[str]:
+def _show_evaluation(named: str, evaluation: Evaluation, report: Path) -> Iterable[str]:
     groups = {"all": evaluation.overall, "simple": evaluation.simple, "advanced": evaluation.advanced}
     groups |= {f"task {name}": figures for name, figures in evaluation.by_task.items()}
     groups |= {"source unchanged": evaluation.copy_baseline, "instructions shuffled": evaluation.shuffled}
@@ -413,6 +413,11 @@ def _show_evaluation(named: str, evaluation: Evaluation) -> Iterable[str]:
         for name, one in groups.items()
     ]
     yield from columns([("", "EDITS", "VIESCORE", "S_I", "S_N"), *rows])
+    yield ""
+    means = [(name, str(one.edits), f"{one.mean:.4f}") for name, one in evaluation.measured.items()]
+    yield from columns([("METRIC", "EDITS", "MEAN"), *means])
+    yield from (f"{name} is missing. {reason}" for name, reason in evaluation.unmeasured.items())
+    yield f"report: {report}"
 
 
 cli.add_command(cli_promote.promote)
@@ -442,6 +447,17 @@ def _show_server(status: Any) -> Iterable[str]:
         bounds = f"{one.min_replicas} to {one.max_replicas}"
         version = f" of version {one.version}" if one.version else ""
         yield f"  {one.name}{version}: {replicas} ({bounds}); {one.ongoing} in hand, {one.queued} waiting"
+    if status.fleet and status.fleet.rollout:
+        yield _show_rollout(status.fleet.rollout)
+
+
+def _show_rollout(rollout: Any) -> str:
+    state = rollout.state.replace("_", " ")
+    seen = f"{rollout.answers} edits made, {rollout.failures} failed"
+    if rollout.quality is not None:
+        quality = f"quality {rollout.quality:.2f} and {rollout.old_quality:.2f}"
+        seen += f", {quality} by version {rollout.old} on the same {rollout.pairs}"
+    return f"  version {rollout.version}: {state}{f', {rollout.reason}' if rollout.reason else ''} ({seen})"
 
 
 @serve.command("up")
