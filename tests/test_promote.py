@@ -33,7 +33,7 @@ def add(workdir: Workdir, tmp_path: Path) -> Add:
     run_id = registry.client.create_run(ensure_experiment(registry.client, workdir)).info.run_id
 
     def register(results: float | Sequence[CaseResult] | None, cases: str = "cases") -> ModelVersion:
-        table = even_table(results) if isinstance(results, float) else results
+        table = even_table(results) if isinstance(results, float | int) else results
         tags = {} if table is None else keep_evaluation(registry, workdir, table, cases)
         return registry.register(empty_pipeline(tmp_path / "pipeline"), run_id, tags)
 

@@ -146,7 +146,7 @@ class PostgreSQL:
         # It refuses to run as root, and the tests' own folders are closed to others.
         self._user: dict[str, Any] = {"user": "nobody"} if os.getuid() == 0 else {}
         self._folder = Path(tempfile.mkdtemp(prefix="postgres-"))
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Any = None
         if self._user:
             shutil.chown(self._folder, "nobody")
 
