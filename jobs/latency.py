@@ -23,13 +23,16 @@ EDITS = 3
 """Timed edits of a round, after one that is not timed."""
 
 
-def measure_latency(folders: Sequence[Path], config: RunConfig, edits: int = EDITS) -> list[float]:
+def measure_latency(
+    folders: Sequence[Path], config: RunConfig, *, edits: int = EDITS, rounds: int = ROUNDS
+) -> list[float]:
     """Measure single edits, one after the other, on a worker of the Ray that there is or on a local one.
 
     Args:
         folders: the pipelines; one at a time is in memory.
         config: its `evaluation` says on which pictures.
         edits: timed ones of each pipeline in each round.
+        rounds: how often each pipeline is loaded.
 
     Returns:
         The median seconds of an edit, for each folder.
@@ -44,7 +47,7 @@ def measure_latency(folders: Sequence[Path], config: RunConfig, edits: int = EDI
         make: Any = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(PipelineActor)
         actor = make.remote(workers.threads)
         try:
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 for folder, own in zip(folders, seconds, strict=True):
                     own.extend([_seconds(actor, folder, case) for case in cases][1:])
         finally:

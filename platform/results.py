@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -89,14 +89,19 @@ def load_results(client: MlflowClient, run_id: str) -> list[CaseResult] | None:
 
     Raises:
         InsightEditError: the file is damaged.
+        MlflowException: the registry does not answer, which is no proof that the table is not there.
     """
+    try:
+        kept: Sequence[Any] = client.list_artifacts(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    if all(one.path != RESULTS_FILE for one in kept):
+        return None
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            # A folder of this machine is read where it is; an object store's file is fetched.
-            path = client.download_artifacts(run_id, RESULTS_FILE, folder)
-        except (MlflowException, OSError):
-            return None
-        return read_results(Path(path))
+        # A folder of this machine is read where it is; an object store's file is fetched.
+        return read_results(Path(client.download_artifacts(run_id, RESULTS_FILE, folder)))
 
 
 def _cell(value: object) -> object:

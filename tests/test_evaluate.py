@@ -200,9 +200,9 @@ def test_real_pipelines_on_ray(config: RunConfig, tmp_path: Path) -> None:
         assert np.array_equal(edits, pool.edit(folder, cases))
         with pytest.raises(InsightEditError, match=r"The edits of .*nowhere failed"):
             pool.edit(tmp_path / "nowhere", cases)
-        seconds = measure_latency([folder, folder], quick, edits=1)
+        seconds = measure_latency([folder, folder], quick, rounds=1)
         with pytest.raises(InsightEditError, match=r"An edit of .*nowhere failed"):
-            measure_latency([folder, tmp_path / "nowhere"], quick, edits=1)
+            measure_latency([folder, tmp_path / "nowhere"], quick, edits=1, rounds=1)
     assert len(seconds) == 2
     assert max(seconds) / min(seconds) < 3, "the same pipeline, measured in turn"
     assert told == [(3, 8), (6, 8), (8, 8)]
