@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_batch, cli_cluster, cli_edit, cli_keys, cli_models, cli_promote
+from insightedit import (
+    __version__,
+    cli_batch,
+    cli_cluster,
+    cli_construct,
+    cli_edit,
+    cli_jobs,
+    cli_keys,
+    cli_models,
+    cli_promote,
+)
 from insightedit.console import (
     Group,
     Session,
@@ -222,6 +232,9 @@ def data_prepare(
         for name, one in made.items()
     ]
     emit(made, as_json, lambda: columns([heading, *rows]))
+
+
+data.add_command(cli_construct.construct)
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -540,6 +553,7 @@ def serve_down(dry_run: bool, as_json: bool) -> None:
 
 
 cli.add_command(cli_edit.edit)
+cli.add_command(cli_jobs.edit_job)
 cli.add_command(cli_batch.batch_edit)
 
 
