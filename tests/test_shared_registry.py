@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,11 @@ def test_what_one_member_registers_another_one_loads(team: tuple[Workdir, Workdi
     assert [key for key in keys if old.folder.name in key]
 
 
-@pytest.mark.parametrize("each", [7, pytest.param(1, marks=[pytest.mark.chaos, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("each", [13, pytest.param(1, marks=[pytest.mark.chaos, pytest.mark.timeout(900)])])
 def test_a_registry_that_dies_anywhere_in_a_promotion_is_consistent_afterwards(
     server: TrackingServer, team: tuple[Workdir, Workdir], tmp_path: Path, each: int
 ) -> None:
-    """Every seventh request of a promotion is the last one, before or after the server has seen it; in a storm all."""
+    """Every thirteenth request of a promotion is the last one, before or after the server has seen it; in a storm all."""
     with Breaking(server.url) as proxy:
         cat = member(proxy.url, tmp_path / "cat")
         with proxy.dying_at(10_000, delivered=True):
@@ -173,8 +174,9 @@ def test_a_registry_that_dies_anywhere_in_a_promotion_is_consistent_afterwards(
         deaths = [(n, seen) for n in range(2, whole + 1, each) for seen in (True, False) if each == 1 or seen == n % 2]
         for fatal, delivered in deaths:
             _back_to(team[0], before)
-            with proxy.dying_at(fatal, delivered=delivered), pytest.raises((MlflowException, InsightEditError)):
+            with proxy.dying_at(fatal, delivered=delivered), suppress(MlflowException, InsightEditError):
                 promote(cat, after, GATE, never, no_time)
+                assert proxy.requests < fatal, "it went on without a registry"
             registry = Registry(team[1])
             entries = registry.audit.entries()
             champion = registry.resolve("champion").version
