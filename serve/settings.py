@@ -237,9 +237,21 @@ class ServeSettings(_Settings):
     editor: Scaling = Scaling(max_ongoing=16)
     engine: EngineSettings = EngineSettings()
     state: StateSettings = StateSettings()
+    image_urls: Destinations = Destinations()
+    """Where images may lie that a JSON body names by their addresses instead of holding them."""
     webhooks: Destinations = Destinations()
     """Where jobs may have their ends told."""
     rollout: RolloutSettings = RolloutSettings()
+
+    @property
+    def grace_seconds(self) -> float:
+        """How long a replica that is taken away may finish what it has begun: longer than the longest edit."""
+        return self.limits.edit_seconds + 10
+
+    @property
+    def stop_seconds(self) -> float:
+        """How long the whole server may take to stop: its gateways first, then what is behind them, then Ray."""
+        return self.grace_seconds + 90
 
     @property
     def sleeps(self) -> bool:
