@@ -164,7 +164,7 @@ def test_what_one_member_registers_another_one_loads(team: tuple[Workdir, Workdi
 def test_a_registry_that_dies_anywhere_in_a_promotion_is_consistent_afterwards(
     server: TrackingServer, team: tuple[Workdir, Workdir], tmp_path: Path, each: int
 ) -> None:
-    """Every thirteenth request of a promotion is the last one, before or after the server has seen it; in a storm all."""
+    """Every thirteenth request is the last one, before or after the server has seen it; in a storm, each."""
     with Breaking(server.url) as proxy:
         cat = member(proxy.url, tmp_path / "cat")
         with proxy.dying_at(10_000, delivered=True):
