@@ -29,6 +29,8 @@ _FIGURES: Final = {"viescore": "VIEScore", "instruction": "S_i", "non_overedit":
 _OUR_PARTS: Final = "package:"
 """How sources begin that come with the package and have its licence."""
 _PIPELINE: Final = "InsightEditPipeline"
+_MARK: Final = "insightedit"
+"""The hub's tag of every card that is written here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +109,7 @@ def _metadata(version: ModelVersion, known: Known) -> ModelCardData:
         license_name="of-the-base-models" if licence == "other" else None,
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=["insightedit", "image-editing", "instruction-following", f"diffusers:{_class_of(version)}"],
+        tags=[_MARK, "image-editing", "instruction-following", f"diffusers:{_class_of(version)}"],
         base_model=bases or None,
         datasets=_hub_names(known.params) or None,
         model_name=f"{version.name} {version.version}",
@@ -168,17 +170,26 @@ def _licence(version: ModelVersion, params: Mapping[str, str]) -> str:
     sources = [value for name, value in params.items() if name.startswith("model.sources.") and value != "None"]
     if sources and all(source.startswith(_OUR_PARTS) for source in sources):
         return "apache-2.0"
-    stated = _stated_licence(version.folder / CARD_NAME)
-    return stated or ("other" if sources else "unknown")
+    return version.tags.get("licence") or ("other" if sources else "unknown")
 
 
-def _stated_licence(card: Path) -> str | None:
-    """The licence in the metadata of a card that was imported with the model."""
-    if not card.is_file():
-        return None
-    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license:\s*[\"']?([\w.-]+)", head[1], re.MULTILINE) if head else None
+def stated_licence(card: Path) -> str | None:
+    """The licence that a card's metadata names; None where there is no card, or it names none."""
+    found = re.search(r"^license:\s*[\"']?([\w.+-]+)", _head(card), re.MULTILINE)
     return found[1] if found else None
+
+
+def is_own_card(card: Path) -> bool:
+    """Whether a file is a card that was written here."""
+    return f"- {_MARK}\n" in _head(card)
+
+
+def _head(card: Path) -> str:
+    """A card's metadata, as it is written; empty where there is none."""
+    if not card.is_file():
+        return ""
+    head = re.match(r"---\n(.*?\n)---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    return head[1] if head else ""
 
 
 def _class_of(version: ModelVersion) -> str:

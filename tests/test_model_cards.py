@@ -12,7 +12,7 @@ from empty_registry import make_workdir
 from huggingface_hub import ModelCard, ModelCardData
 from mlflow.entities import Metric, Param
 
-from insightedit.platform.model_cards import keep_card, model_card, write_card
+from insightedit.platform.model_cards import is_own_card, keep_card, model_card, stated_licence, write_card
 from insightedit.platform.registry import ModelVersion, Registry
 from insightedit.platform.tracking import ensure_experiment
 from insightedit.platform.workdir import Workdir
@@ -73,12 +73,9 @@ def _register(
     tags: Mapping[str, str] | None = None,
     *,
     kind: str = "InsightEditPipeline",
-    card: str = "",
 ) -> ModelVersion:
     folder.mkdir()
     (folder / "model_index.json").write_text(f'{{"_class_name": "{kind}"}}')
-    if card:
-        (folder / "README.md").write_text(card)
     return registry.register(folder, _run(registry, workdir, params, {}), tags)
 
 
@@ -125,20 +122,26 @@ def test_a_version_of_the_papers_parts_has_their_licence(registry: Registry, wor
 
 def test_an_imported_version_keeps_its_licence(registry: Registry, workdir: Workdir, tmp_path: Path) -> None:
     kind = "StableDiffusionInstructPix2PixPipeline"
-    card = "---\nlicense: mit\ntags: [x]\n---\n# Theirs\n"
-    tags = {"imported_from": "/home/somebody/weights", "imported_reason": "published weights"}
-    version = _register(registry, workdir, tmp_path / "model", {}, tags, kind=kind, card=card)
+    tags = {"imported_from": "/home/somebody/weights", "imported_reason": "published weights", "licence": "mit"}
+    version = _register(registry, workdir, tmp_path / "model", {}, tags, kind=kind)
     data, text = _read(model_card(registry, version))
     assert data.license == "mit"
     assert f"from diffusers import {kind}" in text
     assert "imported, not trained here: published weights" in text
     assert "/home/somebody" not in text
-    target = tmp_path / "exported"
-    target.mkdir()
-    (target / "README.md").write_text(card)
-    assert _read(write_card(registry, version, target).read_text(encoding="utf-8"))[0].license == "mit"
     unknown = _register(registry, workdir, tmp_path / "other", {}, {"imported_from": "/x"}, kind=kind)
     assert _read(model_card(registry, unknown))[0].license == "unknown"
+
+
+def test_cards_of_others_are_told_apart(registry: Registry, workdir: Workdir, tmp_path: Path) -> None:
+    theirs = tmp_path / "README.md"
+    assert (stated_licence(theirs), is_own_card(theirs)) == (None, False)
+    theirs.write_text("---\nlicense: 'openrail++'\ntags:\n- art\n---\n- insightedit\n")
+    assert (stated_licence(theirs), is_own_card(theirs)) == ("openrail++", False)
+    theirs.write_text("# Only words\nlicense: mit\n")
+    assert (stated_licence(theirs), is_own_card(theirs)) == (None, False)
+    ours = write_card(registry, _register(registry, workdir, tmp_path / "model", OURS), tmp_path)
+    assert (stated_licence(ours), is_own_card(ours)) == ("apache-2.0", True)
 
 
 def test_the_page_is_kept_with_the_version(registry: Registry, workdir: Workdir, tmp_path: Path) -> None:
