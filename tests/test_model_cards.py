@@ -81,7 +81,8 @@ def _register(
 
 def _judged(registry: Registry, workdir: Workdir, version: ModelVersion) -> ModelVersion:
     run = _run(registry, workdir, {}, SCORES)
-    tags = {"evaluation.run": run, "evaluation.judge": "shapes", "evaluation.scenes": "200"}
+    tags = {"run": run, "judge": "shapes", "scenes": "200", "benchmark": "magicbrush-test"}
+    tags = {f"evaluation.{name}": value for name, value in tags.items()}
     registry.set_tags(version.version, tags)
     return registry.resolve(version.version)
 
@@ -104,7 +105,7 @@ def test_the_hub_understands_the_metadata(registry: Registry, workdir: Workdir, 
     assert results["viescore", "VIEScore, all instructions"] == 0.67
     assert results["viescore", "VIEScore, advanced instructions"] == 0.565
     assert results["psnr", "PSNR outside the edit region, dB"] == 34.0053
-    assert {one.dataset_name for one in data.eval_results} == {"shapes, 200 scenes"}
+    assert {one.dataset_name for one in data.eval_results} == {"magicbrush-test, 200 scenes"}
     assert "800 steps of 32, run `abc`" in text
     assert "no photographs" in text
     assert "| the source unchanged | 0.500 | 0.00 | 5.00 |" in text
