@@ -173,8 +173,7 @@ def _evidence(
     verdicts = decide(own, its, config)
     most = config.max_latency_ratio
     if champion is not None and most and all(verdict.passed for verdict in verdicts):
-        seconds = measure([registry.fetch(one) for one in (version, champion)])
-        verdicts.append(latency_gate(seconds[0], seconds[1], most))
+        verdicts.append(_timed(registry, version, champion, most, measure))
     return Evidence(
         viescore=float(version.tags["viescore"]),
         champion_viescore=float(champion.tags["viescore"]) if champion else None,
@@ -183,6 +182,16 @@ def _evidence(
         champion_evaluation_run=champion.tags["evaluation.run"] if champion else None,
         gates=tuple(verdicts),
     )
+
+
+def _timed(registry: Registry, version: ModelVersion, champion: ModelVersion, most: float, measure: Measure) -> Verdict:
+    """The gate of latency. A champion that is damaged on disk is no reason to keep it."""
+    try:
+        theirs = registry.fetch(champion)
+    except InsightEditError as error:
+        return Verdict(gate="latency", passed=True, found=f"not measured, since the champion is damaged: {error}")
+    own, its = measure([registry.fetch(version), theirs])
+    return latency_gate(own, its, most)
 
 
 def _refusal(version: ModelVersion, champion: ModelVersion | None, evidence: Evidence) -> str:

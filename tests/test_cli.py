@@ -381,6 +381,40 @@ def test_models_are_shown(insightedit: Any, work_with_a_model: Path) -> None:
     assert table[1].split()[:3] == ["1", "champion", "0.500"]
 
 
+def test_models_go_in_and_out_and_are_followed_back(
+    insightedit: Any, work_with_a_model: Path, no_model: Path, tmp_path: Path
+) -> None:
+    theirs = ["--workdir", work_with_a_model]
+    shown = insightedit("models", "show", "champion", *theirs, "--json").json
+    assert shown["lineage"]["manifest"] == shown["tags"]["manifest"]
+    assert [entry["action"] for entry in shown["lineage"]["decisions"]] == ["promote"]
+    (entry,) = insightedit("models", "log", *theirs, "--json").json
+    assert (entry["to_version"], entry["from_version"]) == ("1", None)
+    out = tmp_path / "out"
+    assert insightedit("models", "export", "1", out, *theirs, "--dry-run").out.startswith("Would copy version 1 to")
+    assert not out.exists()
+    exported = insightedit("models", "export", "1", out, *theirs, "--json").json
+    assert exported["load"].startswith("from insightedit.model.pipeline import InsightEditPipeline")
+    insightedit("models", "export", "1", out, *theirs).assert_one_sentence(2, "exists already")
+
+    planned = insightedit("models", "import", out, "--dry-run", "--json").json
+    assert (planned["kind"], planned["left_out"]) == ("InsightEditPipeline", [])
+    assert insightedit("models", "list", "--json").json == []
+    made = insightedit("models", "import", out, "--reason", "a friend's", "--json").json
+    assert made["tags"]["manifest"] == shown["tags"]["manifest"]
+    insightedit("models", "import", tmp_path).assert_one_sentence(4, "not a pipeline folder")
+    assert "version 2" in insightedit("models", "import", out).out
+    difference = insightedit("models", "diff", "1", "2").out
+    assert "tag      imported_reason: a friend's -> -" in difference
+    assert "file" not in difference
+    assert insightedit("models", "hold", "1", "me", "--reason", "mine").out == "version 1: me holds it (mine)\n"
+    assert insightedit("models", "prune", "--keep", "0", "--json").json["deleted"] == []
+    assert insightedit("models", "hold", "1", "me", "--release").out == "version 1: not held\n"
+    assert insightedit("models", "prune", "--keep", "0", "--dry-run").out.startswith("Would delete 1 versions")
+    assert insightedit("models", "prune", "--keep", "0", "--json").json["deleted"] == ["1"]
+    assert [one["version"] for one in insightedit("models", "list", "--json").json] == ["2"]
+
+
 def test_edit_gives_the_same_file_for_the_same_seed(
     insightedit: Any, work_with_a_model: Path, picture: Path, tmp_path: Path
 ) -> None:
