@@ -460,7 +460,7 @@ def test_promote_and_rollback_say_what_they_did(insightedit: Any, no_model: Path
     for score in (0.6, 0.8, 0.7):
         tags = keep_evaluation(registry, workdir, even_table(score), "the same")
         registry.register(empty_pipeline(tmp_path / "pipeline"), run_id, tags)
-    quick = ["--set", "promotion.max_latency_ratio=0"]
+    quick = ["--set", "promotion.max_latency_ratio=0", "--set", "evaluation.scenes=40"]
     assert insightedit("promote", "1", *quick).out.splitlines() == [
         "champion - -> 1, VIEScore 0.600",
         "  passed  minimum: its VIEScore is 0.600 on 80 cases, and a champion needs more than 0.500",
@@ -472,7 +472,7 @@ def test_promote_and_rollback_say_what_they_did(insightedit: Any, no_model: Path
     assert "passed  better: its VIEScore differs from the champion's by +0.200" in planned[3]
     moved = insightedit("promote", "2", "--json", *quick).json
     assert (moved["before"], moved["champion"], moved["dry_run"], moved["entry"]) == ("1", "2", False, 2)
-    assert insightedit("promote", "2").out == "Version 2 is the champion already.\n"
+    assert insightedit("promote", "2", *quick).out == "Version 2 is the champion already.\n"
     refused = ("Version 3 is not promoted in place of version 2", "[better]", "-0.100", "test-000-simple (-0.10)")
     insightedit("promote", *quick).assert_one_sentence(3, *refused)
     told = insightedit("promote", "--json", *quick)

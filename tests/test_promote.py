@@ -186,6 +186,8 @@ def test_both_are_judged_on_the_same_cases(workdir: Workdir, add: Add, known: st
     with pytest.raises(GateRefusedError, match=r"\[better\] its VIEScore differs from the champion's by -0\.100"):
         promote(workdir, "2", GATE, judge, as_quick)
     assert sorted(judged) == ["1", "2"]
+    with pytest.raises(AssertionError, match="judged again"):
+        run(workdir, "2", scenes=41)
     assert aliases(workdir) == {"champion": "1", "challenger": "2"}
 
 

@@ -66,6 +66,7 @@ def _promote(version: str, config: RunConfig, reason: str, *, force: bool, dry_r
         config.promotion,
         judge,
         lambda folders: measure_latency(folders, config),
+        scenes=config.evaluation.scenes,
         reason=reason,
         force=force,
         dry_run=dry_run,

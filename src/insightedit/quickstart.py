@@ -220,6 +220,7 @@ def _promote(config: RunConfig, workdir: Workdir, version: ModelVersion, display
             config.promotion,
             lambda one: evaluate(one, config, workdir),
             lambda folders: measure_latency(folders, config),
+            scenes=config.evaluation.scenes,
         )
     except GateRefusedError as refusal:
         if Registry(workdir).find(CHAMPION) is None:
