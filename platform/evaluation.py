@@ -136,6 +136,11 @@ class Evaluation:
         }
 
 
+def least_scenes(config: EvaluationConfig) -> int:
+    """Scenes that an evaluation by this config has at least; 0 where only the benchmark knows how many it has."""
+    return (config.scenes or SHAPES_SCENES) if config.benchmark.reader == "shapes" else 0
+
+
 def evaluation_cases(config: EvaluationConfig, scenes: int | None = None) -> list[EditCase]:
     """The cases that a config asks for, the instructions of a scene one after the other.
 
