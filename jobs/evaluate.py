@@ -15,6 +15,7 @@ import torch
 from ray.exceptions import RayError
 
 from insightedit.model.editors import Picture, PictureEditor, load_editor_of
+from insightedit.platform.cases import Unmade
 from insightedit.platform.cluster import cause_of, connected
 from insightedit.platform.config import RunConfig
 from insightedit.platform.edit_cache import EditCache
@@ -53,7 +54,9 @@ Progress = Callable[[int, int], None]
 class Editor(Protocol):
     """Whatever makes edits for an evaluation: an `EditorPool`, or a stand-in for one."""
 
-    def edit(self, folder: Path, cases: Sequence[EditCase], progress: Progress | None = None) -> list[Pixels]:
+    def edit(
+        self, folder: Path, cases: Sequence[EditCase], progress: Progress | None = None
+    ) -> Sequence[Pixels | Unmade]:
         """Make every case's edit (H, W, 3) with the pipeline in a folder."""
         ...
 
@@ -85,11 +88,31 @@ class PipelineActor:
         Returns:
             The edits (H, W, 3), of the sources' size.
         """
+        return self._open(folder).edit(instructions, sources, seeds)
+
+    def try_edit(
+        self, folder: str, instructions: Sequence[str], sources: Sequence[Picture], seeds: Sequence[int]
+    ) -> list[Picture | Unmade]:
+        """Edit one batch as `edit` does; if that fails, each by itself, so that only those are lost that cannot be made.
+
+        Raises:
+            ValueError: the pipeline cannot be loaded; likewise OSError.
+        """
+        editor = self._open(folder)
+        try:
+            return [*editor.edit(instructions, sources, seeds)]
+        except (ValueError, RuntimeError) as error:  # too long for the model, or too large for the memory
+            if len(instructions) == 1:
+                return [Unmade(" ".join(str(error).split()) or type(error).__name__)]
+        alone = zip(instructions, sources, seeds, strict=True)
+        return [edit for one in alone for edit in self.try_edit(folder, *([value] for value in one))]
+
+    def _open(self, folder: str) -> PictureEditor:
         if self._editor is None or self._folder != folder:
             # The old one's memory first: two may not fit.
             self._editor = None
             self._editor, self._folder = load_editor_of(folder), folder
-        return self._editor.edit(instructions, sources, seeds)
+        return self._editor
 
 
 class EditorPool:
@@ -118,17 +141,17 @@ class EditorPool:
         for actor in self._actors:
             ray.kill(actor)
 
-    def edit(self, folder: Path, cases: Sequence[EditCase], progress: Progress | None = None) -> list[Pixels]:
+    def edit(self, folder: Path, cases: Sequence[EditCase], progress: Progress | None = None) -> list[Picture | Unmade]:
         """Make every case's edit (H, W, 3) with the pipeline in a folder.
 
         Raises:
-            InsightEditError: a process failed.
+            InsightEditError: a process failed, or no edit at all could be made.
         """
         device = "gpu" if self._config.workers.gpus else "cpu"
         cache = EditCache(self._kept, folder, device) if self._kept else None
-        edits: dict[int, Picture] = {}
+        edits: dict[int, Picture | Unmade] = {}
 
-        def take(batch: Sequence[int], made: Sequence[Picture]) -> None:
+        def take(batch: Sequence[int], made: Sequence[Picture | Unmade]) -> None:
             edits.update(zip(batch, made, strict=True))
             if progress is not None:
                 progress(len(edits), len(cases))
@@ -141,14 +164,18 @@ class EditorPool:
             else:
                 take(batch, kept)
         for batch, made in self._made(folder, cases, missing):
-            if cache is not None:
-                cache.put([cases[place] for place in batch], made)
+            whole = [edit for edit in made if not isinstance(edit, Unmade)]
+            if cache is not None and len(whole) == len(batch):
+                cache.put([cases[place] for place in batch], whole)
             take(batch, made)
+        lost = [edit for edit in edits.values() if isinstance(edit, Unmade)]
+        if lost and len(lost) == len(edits):
+            raise InsightEditError(f"The edits of {folder} failed: {lost[0].why.rstrip('.')}.")
         return [edits[place] for place in range(len(cases))]
 
     def _made(
         self, folder: Path, cases: Sequence[EditCase], batches: Sequence[list[int]]
-    ) -> Iterator[tuple[list[int], list[Picture]]]:
+    ) -> Iterator[tuple[list[int], list[Picture | Unmade]]]:
         """Batches as they are made, in any order. A process that dies is started again, and with it what it was at."""
         waiting, running = deque(batches), dict[Any, tuple[Any, list[int]]]()
         idle = list(self._started(len(batches)))
@@ -159,7 +186,7 @@ class EditorPool:
                     asked = zip(
                         *((one.instruction, one.source, one.seed) for one in map(cases.__getitem__, batch)), strict=True
                     )
-                    running[actor.edit.remote(str(folder), *(list(column) for column in asked))] = actor, batch
+                    running[actor.try_edit.remote(str(folder), *(list(column) for column in asked))] = actor, batch
                 ready, _ = ray.wait(list(running), num_returns=1)
                 actor, batch = running.pop(ready[0])
                 idle.append(actor)

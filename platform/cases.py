@@ -10,6 +10,17 @@ from numpy.typing import NDArray
 from insightedit.platform.judges import Truth
 
 
+@dataclass(frozen=True, slots=True)
+class Unmade:
+    """An edit that a pipeline could not make.
+
+    Attributes:
+        why: in one line.
+    """
+
+    why: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditCase:
     """One edit to be judged: what is asked for, with which noise, and what would be right."""

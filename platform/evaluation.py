@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from insightedit.platform.benchmarks import benchmark_cases
-from insightedit.platform.cases import EditCase
+from insightedit.platform.cases import EditCase, Unmade
 from insightedit.platform.config import EvaluationConfig
 from insightedit.platform.datasets.shapes_edits import Edit, sample_edit
 from insightedit.platform.datasets.shapes_world import SPLITS, Split, render
@@ -49,6 +49,7 @@ class JudgedEdit:
 
     case: EditCase
     edit: NDArray[np.uint8]
+    """The source where none was made."""
     verdict: Verdict
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     """By name; what could not be measured has no entry."""
@@ -59,12 +60,14 @@ class Figures:
     """Means over the edits that were judged. S_i and S_n from 0 to 5, VIEScore (equation 1) from 0 to 1."""
 
     edits: int
-    """Those with scores."""
+    """Those with scores, and those that were not made."""
     viescore: float
     instruction: float
     non_overedit: float
     failed: int = 0
     """Edits that the judge could not judge, which are in no mean."""
+    unmade: int = 0
+    """Edits that the editor could not make, which count as 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +136,7 @@ class Evaluation:
             **(costs if any(costs.values()) else {}),
             **{f"metric.{name}": mean.mean for name, mean in self.measured.items()},
             "all.failed": float(self.overall.failed),
+            "all.unmade": float(self.overall.unmade),
         }
 
 
@@ -224,7 +228,10 @@ def shuffled(cases: Sequence[EditCase]) -> list[EditCase]:
 
 
 def judge(
-    cases: Sequence[EditCase], edits: Iterable[Pixels], by: Judge | None = None, progress: Progress | None = None
+    cases: Sequence[EditCase],
+    edits: Iterable[Pixels | Unmade],
+    by: Judge | None = None,
+    progress: Progress | None = None,
 ) -> list[JudgedEdit]:
     """Have each case's edit judged as the 8-bit picture that people get, nothing pasted back.
 
@@ -234,18 +241,25 @@ def judge(
         by: who judges; the exact judge of shapes if None.
         progress: is told how many are judged.
     """
-    made = [pixels_8bit(edit) for edit in edits]
+    made = [edit if isinstance(edit, Unmade) else pixels_8bit(edit) for edit in edits]
     asked = [
         MadeEdit(source=case.source, edit=edit, instruction=case.instruction, truth=case.truth)
         for case, edit in zip(cases, made, strict=True)
+        if not isinstance(edit, Unmade)
     ]
-    verdicts = (by or ShapesJudge()).judge(asked, progress)
-    return [JudgedEdit(*one) for one in zip(cases, made, verdicts, strict=True)]
+    verdicts = iter((by or ShapesJudge()).judge(asked, progress))
+    return [
+        JudgedEdit(case, case.source, Failed("no_edit", edit.why))
+        if isinstance(edit, Unmade)
+        else JudgedEdit(case, edit, next(verdicts))
+        for case, edit in zip(cases, made, strict=True)
+    ]
 
 
 def measure(judged: Iterable[JudgedEdit], meter: Meter) -> list[JudgedEdit]:
     """The same edits with their metrics, measured on the 8-bit pictures that people get."""
     edits = list(judged)
+    made = [one for one in edits if not _is_unmade(one.verdict)]
     rows = meter.measure(
         Comparison(
             source=one.case.source,
@@ -254,9 +268,10 @@ def measure(judged: Iterable[JudgedEdit], meter: Meter) -> list[JudgedEdit]:
             region=one.case.region,
             caption=one.case.caption,
         )
-        for one in edits
+        for one in made
     )
-    return [replace(one, metrics=row) for one, row in zip(edits, rows, strict=True)]
+    measured = {one.case.key: replace(one, metrics=row) for one, row in zip(made, rows, strict=True)}
+    return [measured.get(one.case.key, one) for one in edits]
 
 
 def figures(judged: Iterable[JudgedEdit]) -> Figures:
@@ -267,18 +282,26 @@ def figures(judged: Iterable[JudgedEdit]) -> Figures:
     """
     verdicts = [one.verdict for one in judged]
     scored = [verdict for verdict in verdicts if isinstance(verdict, Scores)]
-    if not scored:
+    unmade = sum(map(_is_unmade, verdicts))
+    if not scored and not unmade:
         reason = next((verdict.detail for verdict in verdicts if isinstance(verdict, Failed)), "There are none.")
         raise InsightEditError(f"None of {len(verdicts)} edits could be judged: {reason}")
     scores = [(one.viescore, one.instruction_adherence.value, one.non_overediting.value) for one in scored]
+    # An editor that gives up on what is hard is no better than one that does it badly.
+    scores += [(0.0, 0, 0)] * unmade
     viescore, instruction, non_overedit = (float(value) for value in np.mean(scores, axis=0))
     return Figures(
-        edits=len(scored),
+        edits=len(scores),
         viescore=viescore,
         instruction=instruction,
         non_overedit=non_overedit,
-        failed=len(verdicts) - len(scored),
+        failed=len(verdicts) - len(scores),
+        unmade=unmade,
     )
+
+
+def _is_unmade(verdict: Verdict) -> bool:
+    return isinstance(verdict, Failed) and verdict.reason == "no_edit"
 
 
 def summarise(
@@ -336,7 +359,8 @@ def case_results(judged: Iterable[JudgedEdit]) -> list[CaseResult]:
 def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
     """What a row of the table says of a verdict."""
     if isinstance(verdict, Failed):
-        return {"failure": f"judge {verdict.reason}: {verdict.detail}"}
+        who = "edit failed" if _is_unmade(verdict) else f"judge {verdict.reason}"
+        return {"failure": f"{who}: {verdict.detail}"}
     scores: dict[str, Score] = {aspect: getattr(verdict, aspect) for aspect in ASPECTS}
     return {
         **{aspect: score.value for aspect, score in scores.items()},
@@ -406,5 +430,9 @@ def _grouped(judged: Sequence[JudgedEdit], names: Callable[[EditCase], Iterable[
     for one in judged:
         for name in filter(None, names(one.case)):
             groups.setdefault(name, []).append(one)
-    scored = {name: group for name, group in groups.items() if any(isinstance(one.verdict, Scores) for one in group)}
-    return {name: figures(scored[name]) for name in sorted(scored)}
+    counted = {
+        name: group
+        for name, group in groups.items()
+        if any(isinstance(one.verdict, Scores) or _is_unmade(one.verdict) for one in group)
+    }
+    return {name: figures(counted[name]) for name in sorted(counted)}

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from insightedit.platform.evaluation import Evaluation, Figures, JudgedEdit, case_results
+from insightedit.platform.gates import score
 from insightedit.platform.intervals import Estimate, estimate
 from insightedit.platform.metrics import METRICS
 from insightedit.platform.pages import ACCENT, BAD, GOOD, INK, RULE, SOFT, facts, in_turns, inline, summary, write_page
@@ -95,7 +96,7 @@ class _Row:
     @property
     def gain(self) -> float | None:
         """By how much the VIEScore is higher than the champion's."""
-        mine, its = self.result.viescore, self.before.viescore if self.before else None
+        mine, its = score(self.result), score(self.before) if self.before else None
         return None if mine is None or its is None else mine - its
 
 
@@ -152,7 +153,9 @@ def _top(page: EvaluationPage, rows: Sequence[_Row]) -> str:
     if page.champion and change:
         entries.append((f"{change.mean:+.3f}", f"against {page.champion.name}", _said(change)))
     failed = page.evaluation.overall.failed
-    entries.append((str(len(rows) - failed), "edits judged", f"{failed} could not be" if failed else "all of them"))
+    unmade = page.evaluation.overall.unmade
+    lost = ", ".join([f"{failed} could not be"] * bool(failed) + [f"{unmade} were not made"] * bool(unmade))
+    entries.append((str(len(rows) - failed - unmade), "edits judged", lost or "all of them"))
     return summary(entries)
 
 
@@ -356,11 +359,18 @@ def _card(page: EvaluationPage, row: _Row) -> str:
         for name in SCORES
         if (value := getattr(row.result, name)) is not None
     )
-    scored = "not judged" if row.result.viescore is None else f"VIEScore {row.result.viescore:.2f}{change}"
+    scored = _scored(row.result) + change
     return (
         f"<div class=card><div class=pictures>{pictures}</div><p>{html.escape(row.result.instruction)}</p>"
         f"<p class=soft>{html.escape(kind)} &middot; {html.escape(scored)}</p><ul>{words}</ul></div>"
     )
+
+
+def _scored(result: CaseResult) -> str:
+    """A case's VIEScore in words."""
+    if result.viescore is None:
+        return "not judged" if score(result) is None else "no edit was made"
+    return f"VIEScore {result.viescore:.2f}"
 
 
 def _pictures(page: EvaluationPage, row: _Row) -> list[tuple[str, Picture]]:
@@ -390,7 +400,7 @@ def _sheet(page: EvaluationPage, rows: Sequence[_Row]) -> str:
         kind = " ".join(
             filter(None, (result.task, result.wording, *(f"unseen {one}" for one in row.edit.case.held_out)))
         )
-        scored = "not judged" if result.viescore is None else f"VIEScore {result.viescore:.2f}"
+        scored = _scored(result)
         cells = "".join(f"<td>{inline(pictures[name]) if name in pictures else ''}</td>" for name in heads)
         note = f"{html.escape(result.instruction)}<br><span class=soft>{html.escape(f'{kind}, {scored}')}</span>"
         lines.append(f"<tr><td>{note}</td>{cells}</tr>")
@@ -410,7 +420,9 @@ def _of(name: str) -> Callable[[_Row], float | None]:
     """Reads a score or, after `metric.`, a metric of a row."""
     if name.startswith("metric."):
         return lambda row: row.result.metrics.get(name.removeprefix("metric."))
-    return lambda row: getattr(row.result, name)
+    if name == "viescore":
+        return lambda row: score(row.result)
+    return lambda row: 0.0 if score(row.result) == 0 and row.result.failure else getattr(row.result, name)
 
 
 def _estimate(rows: Iterable[_Row], read: Callable[[_Row], float | None]) -> Estimate | None:

@@ -105,7 +105,7 @@ def _sheet_row(one: JudgedEdit) -> SheetRow:
     unseen = f", unseen {' and '.join(one.case.held_out)}" if one.case.held_out else ""
     verdict = one.verdict
     if isinstance(verdict, Failed):
-        note = f"not judged: {verdict.reason}"
+        note = "no edit was made" if verdict.reason == "no_edit" else f"not judged: {verdict.reason}"
     else:
         note = f"S_i {verdict.instruction_adherence.value}, S_n {verdict.non_overediting.value}{unseen}"
     return SheetRow(

@@ -31,7 +31,7 @@ from insightedit.jobs.evaluate import EditorPool, editor_pool, evaluate_quickly
 from insightedit.jobs.latency import measure_latency
 from insightedit.model.editors import Picture, load_editor_of
 from insightedit.model.insightedit import build_pipeline
-from insightedit.platform.cases import EditCase
+from insightedit.platform.cases import EditCase, Unmade
 from insightedit.platform.config import EvaluationConfig, RunConfig, load_preset
 from insightedit.platform.edit_cache import EditCache
 from insightedit.platform.errors import InsightEditError
@@ -120,7 +120,7 @@ def test_an_evaluation_that_was_stopped_makes_only_what_is_missing(
     assert told == sorted(told)
     assert told[-1] == len(cases)
     expected = _alone(pipeline, cases)
-    assert all(np.array_equal(one, other) for one, other in zip(edits, expected, strict=True))
+    assert all(np.array_equal(np.asarray(one), other) for one, other in zip(edits, expected, strict=True))
     assert np.array_equal(pool.edit(pipeline, cases), edits)
     assert sum(made) == len(cases)
     changed = next(pipeline.glob("unet/*.safetensors"))
@@ -152,7 +152,9 @@ def test_a_replica_that_is_killed_is_started_again(pool: EditorPool, pipeline: P
     other = [replace(case, seed=case.seed + 100) for case in cases]
     edits = pool.edit(pipeline, other, kill)
     assert killed
-    assert all(np.array_equal(one, expected) for one, expected in zip(edits, _alone(pipeline, other), strict=True))
+    assert all(
+        np.array_equal(np.asarray(one), expected) for one, expected in zip(edits, _alone(pipeline, other), strict=True)
+    )
 
 
 def test_pictures_of_several_sizes(pool: EditorPool, pipeline: Path, cases: list[EditCase]) -> None:
@@ -161,10 +163,22 @@ def test_pictures_of_several_sizes(pool: EditorPool, pipeline: Path, cases: list
         size = (48, 32) if number % 2 else (32, 32)
         mixed.append(replace(case, source=np.asarray(Image.fromarray(case.source).resize(size))))
     edits = pool.edit(pipeline, mixed)
-    assert [edit.shape for edit in edits] == [case.source.shape for case in mixed]
+    assert [np.shape(edit) for edit in edits] == [case.source.shape for case in mixed]
     for start in (0, 1):
         expected = _alone(pipeline, mixed[start::2])
-        assert all(np.array_equal(one, other) for one, other in zip(edits[start::2], expected, strict=True))
+        assert all(np.array_equal(np.asarray(one), other) for one, other in zip(edits[start::2], expected, strict=True))
+
+
+def test_only_what_cannot_be_made_is_lost(pool: EditorPool, pipeline: Path, cases: list[EditCase]) -> None:
+    hard = [replace(case, seed=case.seed + 200) for case in cases[:4]]
+    hard[1] = replace(hard[1], instruction="remove it " * 400)
+    edits = pool.edit(pipeline, hard)
+    assert isinstance(edits[1], Unmade)
+    assert "tokens; this model reads" in edits[1].why
+    for place in (0, 2, 3):
+        assert np.array_equal(edits[place], _alone(pipeline, [hard[place]])[0]), "made by itself"
+    with pytest.raises(InsightEditError, match=r"The edits of .* failed: .*tokens; this model reads"):
+        pool.edit(pipeline, [hard[1]])
 
 
 def test_the_figures_are_those_of_the_edits(
@@ -204,6 +218,7 @@ def test_an_instruct_pix2pix_folder(pool: EditorPool, sources: Path, cases: list
     theirs.set_progress_bar_config(disable=True)
     case = cases[0]
     (edit,) = pool.edit(tmp_path, [case])
+    assert isinstance(edit, np.ndarray)
     assert edit.dtype == np.uint8
     generator = torch.Generator().manual_seed(case.seed)
     expected = theirs(case.instruction, Image.fromarray(case.source), generator=generator).images[0]
@@ -218,6 +233,7 @@ def test_any_pipeline_that_takes_image_and_prompt(
     theirs.set_progress_bar_config(disable=True)
     edits = pool.edit(tmp_path, cases[:2])
     for edit, case in zip(edits, cases, strict=False):
+        assert isinstance(edit, np.ndarray)
         generator = torch.Generator().manual_seed(case.seed)
         expected = theirs(prompt=case.instruction, image=Image.fromarray(case.source), generator=generator).images[0]
         assert np.abs(edit.astype(int) - np.asarray(expected)).max() <= 2

@@ -15,6 +15,7 @@ from PIL import Image
 from stand_in_endpoint import Asked, Reaction, Say, StandIn, Status, in_turn
 
 from insightedit.jobs.evaluate import CONTROL_SCENES, Progress, evaluate
+from insightedit.platform.cases import Unmade
 from insightedit.platform.chat.config import EndpointConfig
 from insightedit.platform.config import DatasetConfig, EvaluationConfig, RunConfig, load_preset
 from insightedit.platform.errors import InsightEditError, UsageError
@@ -28,6 +29,7 @@ from insightedit.platform.evaluation import (
     shuffled,
     unit_range,
 )
+from insightedit.platform.gates import score
 from insightedit.platform.registry import Registry
 from insightedit.platform.results import RESULTS_FILE, read_results
 
@@ -41,7 +43,9 @@ class Oracle:
         self._targets = {(case.instruction, case.source.tobytes()): case.target for case in cases}
         self._share = share
 
-    def edit(self, folder: Path, cases: Sequence[EditCase], progress: Progress | None = None) -> list[Pixels]:
+    def edit(
+        self, folder: Path, cases: Sequence[EditCase], progress: Progress | None = None
+    ) -> Sequence[Pixels | Unmade]:
         """The share of the way from source to target."""
         if progress is not None:
             progress(len(cases), len(cases))
@@ -146,6 +150,7 @@ def test_a_perfect_editor_is_evaluated_and_kept(config: RunConfig, cases: list[E
         "instruction": 0.0,
         "non_overedit": 5.0,
         "failed": 0,
+        "unmade": 0,
     }
     assert content["shuffled"] == {
         "edits": 2 * CONTROL_SCENES,
@@ -153,6 +158,7 @@ def test_a_perfect_editor_is_evaluated_and_kept(config: RunConfig, cases: list[E
         "instruction": 0.0,
         "non_overedit": 5.0,
         "failed": 0,
+        "unmade": 0,
     }
     assert content["simple"]["edits"] == content["advanced"]["edits"] == SCENES
     assert sum(group["edits"] for group in content["by_task"].values()) == 2 * SCENES
@@ -229,6 +235,35 @@ def test_a_language_model_judges_and_what_it_cannot_judge_is_in_no_mean(config: 
     assert [one.viescore for one in results] == [0.8, None, 0.8, 0.8, 0.8, 0.8]
     assert results[0].explanations["non_overediting"] == "Well."
     assert results[1].non_overediting is None
+
+
+class GivesUp(Oracle):
+    """Makes no edit of the first case."""
+
+    def edit(
+        self, folder: Path, cases: Sequence[EditCase], progress: Progress | None = None
+    ) -> Sequence[Pixels | Unmade]:
+        return [Unmade("too long."), *super().edit(folder, cases, progress)[1:]]
+
+
+def test_an_edit_that_is_not_made_counts_as_nothing(config: RunConfig, tmp_path: Path) -> None:
+    few = config.model_copy(update={"evaluation": EvaluationConfig(scenes=2)})
+    workdir = make_workdir(tmp_path / "work")
+    result = evaluate(tmp_path / "pipeline", few, workdir, editor=GivesUp(evaluation_cases(few.evaluation)))
+    content = result.evaluation.to_json()
+    assert (content["edits"], content["failed"], content["unmade"]) == (4, 0, 1)
+    assert (content["viescore"], content["instruction"]) == (0.75, 3.75)
+    assert content["simple"]["viescore"] == 0.5
+    assert content["measured"]["l1"]["edits"] == 3
+    client = Registry(workdir).client
+    first, *others = read_results(Path(client.download_artifacts(result.run_id, RESULTS_FILE)))
+    assert (first.failure, first.viescore, first.metrics) == ("edit failed: too long.", None, {})
+    assert score(first) == 0, "as the gates of a promotion count it"
+    assert all(one.viescore == 1 for one in others)
+    page = result.report.read_text(encoding="utf-8")
+    assert "1 were not made" in page
+    assert "no edit was made" in page
+    assert ">0.750<small>" in page, "the page's mean is the evaluation's"
 
 
 def test_where_nothing_can_be_judged_the_evaluation_says_why(config: RunConfig, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ Aspect = Literal["instruction_adherence", "non_overediting", "naturalness", "no_
 ASPECTS: Final[tuple[Aspect, ...]] = get_args(Aspect)
 TOP_SCORE: Final = 5
 
-Reason = Literal[chat.Reason, "unparsable"]
-"""Why an edit has no scores: the model gave no answer, or, asked twice, none with valid scores."""
+Reason = Literal[chat.Reason, "unparsable", "no_edit"]
+"""Why an edit has no scores: the model gave no answer, or, asked twice, none with valid scores; or there is no edit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

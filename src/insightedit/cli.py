@@ -427,6 +427,7 @@ def _show_evaluation(named: str, evaluation: Evaluation, report: Path) -> Iterab
     groups |= {f"task {name}": figures for name, figures in evaluation.by_task.items()}
     groups |= {"source unchanged": evaluation.copy_baseline, "instructions shuffled": evaluation.shuffled}
     failed = f", {evaluation.overall.failed} edits not judged" if evaluation.overall.failed else ""
+    failed += f", {evaluation.overall.unmade} edits not made" if evaluation.overall.unmade else ""
     yield f"{named} on {evaluation.scenes} scenes, judged by {evaluation.judge}{failed}"
     rows = [
         (name, str(one.edits), f"{one.viescore:.3f}", f"{one.instruction:.2f}", f"{one.non_overedit:.2f}")
