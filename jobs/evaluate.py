@@ -93,7 +93,7 @@ class PipelineActor:
     def try_edit(
         self, folder: str, instructions: Sequence[str], sources: Sequence[Picture], seeds: Sequence[int]
     ) -> list[Picture | Unmade]:
-        """Edit one batch as `edit` does; if that fails, each by itself, so that only those are lost that cannot be made.
+        """Edit one batch as `edit` does; if that fails, each by itself, so that only what cannot be made is lost.
 
         Raises:
             ValueError: the pipeline cannot be loaded; likewise OSError.
