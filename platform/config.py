@@ -511,11 +511,32 @@ def load_preset(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UsageError(_sentence(error, path)) from None
 
 
+def changed_config(config: RunConfig, changes: Mapping[str, Any], source: str) -> RunConfig:
+    """A config with changes laid over it, as by a file that extends it.
+
+    Args:
+        config: what is changed.
+        changes: fields; null takes one away.
+        source: of the changes, as errors call it.
+
+    Raises:
+        UsageError: a field is unknown or wrong.
+    """
+    try:
+        return RunConfig.model_validate(_overlaid(_content(config), dict(changes)))
+    except ValidationError as error:
+        raise UsageError(_sentence(error, Path(source))) from None
+
+
 def dump_config(config: RunConfig) -> str:
     """A resolved config as YAML that `load_preset` reads back; it extends nothing."""
+    return yaml.safe_dump(_content(config), sort_keys=False)
+
+
+def _content(config: RunConfig) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
-    return yaml.safe_dump(content, sort_keys=False)
+    return content
 
 
 def preset_names() -> list[str]:

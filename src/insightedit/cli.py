@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_batch, cli_cluster, cli_edit, cli_keys
+from insightedit import __version__, cli_batch, cli_cluster, cli_compare, cli_edit, cli_keys
 from insightedit.console import (
     Group,
     Session,
@@ -627,6 +627,7 @@ def serve_down(dry_run: bool, as_json: bool) -> None:
     emit(status, as_json, lambda: _show_server(status))
 
 
+cli.add_command(cli_compare.compare)
 cli.add_command(cli_edit.edit)
 cli.add_command(cli_batch.batch_edit)
 
