@@ -1,4 +1,4 @@
-"""`insightedit compare`: train every method with the same samples, judge all on the same cases, and say what differs."""
+"""`insightedit compare`: methods trained with the same samples, judged on the same cases, and what differs."""
 
 from __future__ import annotations
 
@@ -339,11 +339,11 @@ def _expected_seconds(cell: Cell, pace: Mapping[tuple[str, int], float]) -> floa
     """The time of a cell's training, by runs of the same method or else by any."""
     if cell.training is None:
         return 0.0
-    prefix = cell.run.rpartition("-")[0]
+    prefix = f"{cell.run.rpartition('-')[0]}-"
     total = 0.0
     for number in cell.training.stages:
-        rates = [rate for (run, stage), rate in pace.items() if stage == number]
-        own = [rate for (run, stage), rate in pace.items() if stage == number and run.rpartition("-")[0] == prefix]
+        rates = [rate for (_, stage), rate in pace.items() if stage == number]
+        own = [rate for (run, stage), rate in pace.items() if stage == number and run.startswith(prefix)]
         if not rates:
             return None
         total += samples_of(cell.training, number) * (own or rates)[-1]

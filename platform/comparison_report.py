@@ -1,4 +1,4 @@
-"""A comparison for people: tables as text, Markdown and HTML, and sheets of every method's edits as in figures S5, S6."""
+"""A comparison for people: tables as text, Markdown and HTML, and sheets of every method's edits as in figure S6."""
 
 from __future__ import annotations
 
@@ -170,10 +170,8 @@ def _remarks(comparison: MethodComparison) -> list[str]:
     """What has to be known to read the table."""
     samples = {one.trained.samples for one in comparison.methods.values() if one.trained.samples is not None}
     given = f" Each training had {min(samples):,} samples." if len(samples) == 1 else ""
-    remarks = [
-        f"{comparison.scenes} held-out scenes, two instructions each, judged by {comparison.judge.split()[0]}.{given}"
-        " In brackets: 95% intervals, by the bootstrap over scenes and seeds."
-    ]
+    where = f"{comparison.scenes} held-out scenes, two instructions each, judged by {comparison.judge.split()[0]}."
+    remarks = [f"{where}{given} In brackets: 95% intervals, by the bootstrap over scenes and seeds."]
     if comparison.one_seed:
         remarks.append(
             "There is one seed: the intervals are over scenes alone, and do not say what another training would give."
@@ -204,7 +202,8 @@ def _answer_html(comparison: MethodComparison, answer: Answer) -> str:
     lines = "".join(
         f"<tr><td>{html.escape(NAMES.get(one.measure, one.measure))}</td>"
         f"<td>{html.escape(comparison.methods[one.against].trained.title)}</td>"
-        f"<td class=n>{_number(one.estimate.mean, one.measure, '+')}<small>{_ends(one.estimate, one.measure, '+')}</small></td>"
+        f"<td class=n>{_number(one.estimate.mean, one.measure, '+')}"
+        f"<small>{_ends(one.estimate, one.measure, '+')}</small></td>"
         f'<td class="{one.verdict.split()[0]}">{one.verdict}</td></tr>'
         for one in answer.differences
     )

@@ -98,7 +98,7 @@ class DataConfig(_Settings):
     """Whether latents and embeddings are kept in the shards, or computed by a pool of encoders while training."""
     rows_per_shard: Count = 512
     seed: Annotated[int, Field(ge=0)] | None = None
-    """Of the order of rows in the shards; the config's own if None. With one, trainings of several seeds share shards."""
+    """Of the order of rows in the shards; the config's own if None. With one, trainings of all seeds share shards."""
     read_tasks: Count = 2
     """Tasks at a time that read, check and write a dataset."""
     quarantine_limit: Share = 0.01

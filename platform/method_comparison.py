@@ -1,4 +1,4 @@
-"""What a comparison of methods finds out: figures of each, paired differences between them, and answers to questions."""
+"""What a comparison of methods finds out: figures of each, paired differences, and answers to questions."""
 
 from __future__ import annotations
 

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
 from insightedit.model.configuration import BimConfig, ModelConfig
@@ -19,7 +21,9 @@ from insightedit.model.outline import build_outline, outline_batch
 from insightedit.model.pipeline import InsightEditPipeline, load_pipeline
 from insightedit.model.stages import STAGES, part_of, parts_trained
 from insightedit.platform.config import load_preset
+from insightedit.platform.engine import StageLosses
 from insightedit.platform.errors import UsageError
+from insightedit.platform.tracing import trace_step
 
 INSTRUCTIONS = ["remove it", "remove the red circle"]
 
@@ -30,9 +34,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 
 def pictures() -> list[Any]:
-    from PIL import Image
-
-    return [Image.effect_noise((16, 16), 80 + 20 * number).convert("RGB") for number in range(2)]
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(2)]
 
 
 def build(config: ModelConfig) -> tuple[InsightEditPipeline, InsightEditModel]:
@@ -83,8 +86,9 @@ def test_without_bim_the_q_former_alone_conditions(config: ModelConfig, tmp_path
         lambda _m, args, kwargs, _o: seen.append((args[0], kwargs["encoder_hidden_states"].text)), with_kwargs=True
     )
     queries: list[Tensor] = []
-    model.qformer.register_forward_hook(lambda _m, _a, output: queries.append(output))
-    batch = {**features(pipeline), **pipeline.prompts(INSTRUCTIONS, to_pixels(pictures()))}
+    keep: Any = queries.append
+    model.qformer.register_forward_hook(lambda _m, _a, output: keep(output))
+    batch: dict[str, Tensor] = {**features(pipeline), **pipeline.prompts(INSTRUCTIONS, to_pixels(pictures()))}
     drop = draw_noise(batch["seed"], batch["source_latents"].shape, 1000).drop
     assert bool((drop >= 3 * config.diffusion.condition_drop).all()), "these seeds drop nothing"
     losses = model(batch, 2)
@@ -131,11 +135,15 @@ def test_a_text_encoder_conditions_as_instruct_pix2pix_does(config: ModelConfig,
     assert edits(load_pipeline(tmp_path / "pipeline")).equal(edits(pipeline))
 
 
-def test_the_outlines_of_both_run(config: ModelConfig) -> None:
-    for one in (replace(config, conditioning="text"), replace(config, bim=BimConfig(enabled=False))):
+def test_a_dry_run_knows_what_each_is_spared(config: ModelConfig) -> None:
+    stage, names = load_preset("nano", ["stages.2.precision=fp32"]).stages[2], STAGES[2].losses
+    flops: list[int] = []
+    for one in (replace(config, conditioning="text"), replace(config, bim=BimConfig(enabled=False)), config):
         model = build_outline(one)
         model.begin_stage(2)
-        assert model(outline_batch(model.own_pipeline, 2), 2)["L_diff1"].values.shape == (2,)
+        losses = StageLosses(model, 2, stage, names, 1.0)
+        flops.append(trace_step(losses, outline_batch(model.own_pipeline, 2), len(names)).flops)
+    assert 0 < flops[0] < flops[1] < flops[2]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from insightedit.console import Command, columns, dry_run_option, emit, json_opt
 from insightedit.platform.errors import UsageError
 
 if TYPE_CHECKING:
-    from insightedit.jobs.compare import ComparisonResult, CompareWatchers, PlannedCell
+    from insightedit.jobs.compare import CompareWatchers, ComparisonResult, PlannedCell
     from insightedit.platform.trainer import Progress
 
 
