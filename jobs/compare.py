@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from insightedit.jobs.evaluate import Editor, editor_pool
 from insightedit.jobs.train import Watchers, train
+from insightedit.platform.cases import EditCase
 from insightedit.platform.cluster import connected
 from insightedit.platform.comparison_report import (
     SheetCase,
@@ -26,7 +27,6 @@ from insightedit.platform.comparison_report import (
 from insightedit.platform.config import RunConfig
 from insightedit.platform.errors import UsageError
 from insightedit.platform.evaluation import (
-    EditCase,
     Pixels,
     case_results,
     cases_fingerprint,
@@ -369,7 +369,7 @@ def _sheet(done: Sequence[Cell], methods: ComparisonConfig) -> list[SheetCase]:
             note=row["task"],
             source=_picture(row["source"]),
             edits={methods.methods[name].title: _picture(own[row["key"]]) for name, own in edits.items()},
-            target=_picture(row["target"]),
+            target=None if row["target"] is None else _picture(row["target"]),
         )
         for row in shown
         if all(row["key"] in own for own in edits.values())

@@ -57,7 +57,7 @@ class SheetCase:
     source: Picture
     edits: Mapping[str, Picture]
     """By a method's title."""
-    target: Picture
+    target: Picture | None
 
 
 def table_rows(comparison: MethodComparison) -> list[list[str]]:
@@ -127,7 +127,8 @@ def write_comparison_sheet(path: Path, cases: Sequence[SheetCase]) -> None:
         top = _HEAD + _GAP + number * row_height
         draw.text((_GAP, top), f'"{case.instruction}"', fill=INK, font=font)
         for column, picture in enumerate((case.source, *case.edits.values(), case.target)):
-            sheet.paste(enlarged(picture, _CELL), (_GAP + column * (_CELL + _GAP), top + _LINE))
+            if picture is not None:
+                sheet.paste(enlarged(picture, _CELL), (_GAP + column * (_CELL + _GAP), top + _LINE))
     sheet.save(path, optimize=True)
 
 
@@ -218,7 +219,8 @@ def _sheet_html(cases: Sequence[SheetCase]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
     rows: list[str] = []
     for case in cases:
-        pictures = "".join(f"<td>{inline(one)}</td>" for one in (case.source, *case.edits.values(), case.target))
+        shown = (case.source, *case.edits.values(), case.target)
+        pictures = "".join(f"<td>{'' if one is None else inline(one)}</td>" for one in shown)
         said = f"{html.escape(case.instruction)} <span class=soft>{html.escape(case.note)}</span>"
         rows.append(f"<tr><td colspan={len(heads)}>{said}</td></tr><tr>{pictures}</tr>")
     return f'<div class="wide sheet"><table><tr>{head}</tr>{"".join(rows)}</table></div>'

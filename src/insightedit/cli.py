@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_batch, cli_cluster, cli_compare, cli_edit, cli_keys
+from insightedit import __version__, cli_batch, cli_cluster, cli_compare, cli_construct, cli_edit, cli_jobs, cli_keys
 from insightedit.console import (
     Group,
     Session,
@@ -223,6 +223,9 @@ def data_prepare(
     emit(made, as_json, lambda: columns([heading, *rows]))
 
 
+data.add_command(cli_construct.construct)
+
+
 # -- training -------------------------------------------------------------------------------------------------------
 
 
@@ -419,7 +422,7 @@ def models_show(version: str, as_json: bool) -> None:
 @dry_run_option
 @json_option
 def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Judge a model version, the champion unless given, or a pipeline folder on scenes that no training has seen."""
+    """Judge a model version, the champion unless given, or a pipeline folder, on scenes that no training has seen."""
     from insightedit.platform.config import load_preset
     from insightedit.platform.registry import Registry
 
@@ -429,7 +432,9 @@ def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool,
     named = str(judged) if isinstance(judged, Path) else f"version {judged.version}"
     if dry_run:
         plan = {"model": named, "evaluation": run_config.evaluation}
-        emit(plan, as_json, lambda: [f"Would judge {named} on {run_config.evaluation.scenes} scenes."])
+        asked = run_config.evaluation
+        scenes = "all" if asked.scenes is None else str(asked.scenes)
+        emit(plan, as_json, lambda: [f"Would judge {named} on {scenes} scenes of {asked.benchmark.reader}."])
         return
     from insightedit.display import Display
     from insightedit.jobs.evaluate import evaluate as run_evaluation
@@ -447,7 +452,7 @@ def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool,
 
 
 def _show_evaluation(named: str, evaluation: Evaluation, report: Path) -> Iterable[str]:
-    groups = {"all": evaluation.overall, "simple": evaluation.simple, "advanced": evaluation.advanced}
+    groups = {"all": evaluation.overall, **evaluation.wordings()}
     groups |= {f"task {name}": figures for name, figures in evaluation.by_task.items()}
     groups |= {"source unchanged": evaluation.copy_baseline, "instructions shuffled": evaluation.shuffled}
     failed = f", {evaluation.overall.failed} edits not judged" if evaluation.overall.failed else ""
@@ -629,6 +634,7 @@ def serve_down(dry_run: bool, as_json: bool) -> None:
 
 cli.add_command(cli_compare.compare)
 cli.add_command(cli_edit.edit)
+cli.add_command(cli_jobs.edit_job)
 cli.add_command(cli_batch.batch_edit)
 
 
