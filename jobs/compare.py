@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from insightedit.jobs.evaluate import Editor, editor_pool
 from insightedit.jobs.train import Watchers, train
@@ -23,6 +22,7 @@ from insightedit.platform.comparison_report import (
     write_comparison_page,
     write_comparison_sheet,
     write_markdown,
+    write_showcase,
 )
 from insightedit.platform.config import RunConfig
 from insightedit.platform.errors import UsageError
@@ -48,6 +48,8 @@ from insightedit.platform.trainer import Progress, StageResult, write_json
 from insightedit.platform.workdir import Workdir, run_name
 
 SHEET_CASES = 12
+SHOWN_EACH = 4
+"""Edits of each task that the showcase has."""
 _DONE, _RESULTS, _CASES = "done.json", "results.parquet", "cases.parquet"
 
 
@@ -198,6 +200,9 @@ def write_reports(methods: ComparisonConfig, cells: Sequence[Cell]) -> Compariso
     write_json(folder / "comparison.json", comparison.to_json())
     write_markdown(folder / "comparison.md", comparison)
     write_comparison_sheet(folder / "sheet.png", sheet)
+    shown = methods.questions[0].method if methods.questions else next(reversed(rows))
+    if shown in rows:
+        write_showcase(folder / "showcase.png", _showcase(next(one for one in done if one.method == shown), methods))
     entries = {"commit": git_commit() or "not a checkout", "judge": comparison.judge, "cases": comparison.cases}
     entries |= {f"run of {cell.name}": cell.run for cell in done if cell.training}
     write_comparison_page(folder / "comparison.html", comparison, sheet, entries)
@@ -356,25 +361,43 @@ def _expected_seconds(cell: Cell, pace: Mapping[tuple[str, int], float]) -> floa
 def _sheet(done: Sequence[Cell], methods: ComparisonConfig) -> list[SheetCase]:
     """Advanced instructions of every task in turn, the first of each, with what each method's first seed made of it."""
     first = {cell.method: cell for cell in reversed(done)}
-    order = [first[name] for name in methods.methods if name in first]
-    columns = ["key", "task", "wording", "instruction", "source", "edit", "target"]
-    tables = {cell.method: pq.read_table(cell.folder / _CASES, columns=columns).to_pylist() for cell in order}
+    tables = {name: _table(first[name]) for name in methods.methods if name in first}
     edits = {method: {row["key"]: row["edit"] for row in rows} for method, rows in tables.items()}
-    rows = tables[order[0].method]
-    advanced = [row for row in rows if row["wording"] == "advanced"] or rows
+    advanced = _advanced(next(iter(tables.values())))
     shown = [advanced[place] for place in in_turns([row["task"] for row in advanced])[:SHEET_CASES]]
     return [
-        SheetCase(
-            instruction=row["instruction"],
-            note=row["task"],
-            source=_picture(row["source"]),
-            edits={methods.methods[name].title: _picture(own[row["key"]]) for name, own in edits.items()},
-            target=None if row["target"] is None else _picture(row["target"]),
-        )
+        _sheet_case(row, {methods.methods[name].title: own[row["key"]] for name, own in edits.items()})
         for row in shown
         if all(row["key"] in own for own in edits.values())
     ]
 
 
-def _picture(data: bytes) -> NDArray[np.uint8]:
-    return decode_image(data)
+def _showcase(cell: Cell, methods: ComparisonConfig) -> dict[str, list[SheetCase]]:
+    """The first edits of each task by advanced instructions, good or bad."""
+    groups: dict[str, list[SheetCase]] = {}
+    for row in _advanced(_table(cell)):
+        own = groups.setdefault(row["task"] or "edit", [])
+        if len(own) < SHOWN_EACH:
+            own.append(_sheet_case(row, {methods.methods[cell.method].title: row["edit"]}))
+    return groups
+
+
+def _table(cell: Cell) -> list[dict[str, Any]]:
+    """The cases of a cell with its edits."""
+    columns = ["key", "task", "wording", "instruction", "source", "edit", "target"]
+    return pq.read_table(cell.folder / _CASES, columns=columns).to_pylist()
+
+
+def _advanced(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The cases with advanced instructions; all where the benchmark does not say."""
+    return [row for row in rows if row["wording"] == "advanced"] or rows
+
+
+def _sheet_case(row: Mapping[str, Any], edits: Mapping[str, bytes]) -> SheetCase:
+    return SheetCase(
+        instruction=row["instruction"],
+        note=row["task"],
+        source=decode_image(row["source"]),
+        edits={title: decode_image(edit) for title, edit in edits.items()},
+        target=None if row["target"] is None else decode_image(row["target"]),
+    )

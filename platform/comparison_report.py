@@ -132,6 +132,29 @@ def write_comparison_sheet(path: Path, cases: Sequence[SheetCase]) -> None:
     sheet.save(path, optimize=True)
 
 
+def write_showcase(path: Path, groups: Mapping[str, Sequence[SheetCase]]) -> None:
+    """Draw one method's edits, as figure S5: a column for each task, source and edit below the instruction.
+
+    Args:
+        path: of the PNG file.
+        groups: cases by task, each with the edit of one method.
+    """
+    font, small = ImageFont.load_default(13), ImageFont.load_default(12)
+    width, height = 2 * _CELL + 3 * _GAP, _CELL + 2 * _LINE + 2 * _GAP
+    rows = max((len(cases) for cases in groups.values()), default=0)
+    sheet = Image.new("RGB", (len(groups) * width + _GAP, _HEAD + rows * height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, (task, cases) in enumerate(groups.items()):
+        left = _GAP + column * width
+        draw.text((left, _GAP), f"{task}: source and edit", fill=SOFT, font=small)
+        for row, case in enumerate(cases):
+            top = _HEAD + row * height
+            draw.multiline_text((left, top), textwrap.fill(f'"{case.instruction}"', 42), fill=INK, font=font, spacing=2)
+            for place, picture in enumerate((case.source, *case.edits.values())):
+                sheet.paste(enlarged(picture, _CELL), (left + place * (_CELL + _GAP), top + 2 * _LINE))
+    sheet.save(path, optimize=True)
+
+
 def _columns(comparison: MethodComparison) -> list[tuple[str, str, str]]:
     """The columns that any method has a figure for."""
     return [

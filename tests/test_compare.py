@@ -300,6 +300,12 @@ def test_a_comparison_is_kept_and_gone_on_with(
     assert "There is one seed" not in page
     with Image.open(result.sheet) as sheet:
         assert sheet.width == 5 * 138 + 10
+        # The last column is the target, which the whole method reaches in the column before.
+        pixels = np.asarray(sheet)
+        assert np.array_equal(pixels[64:192, 4 * 138 + 10 : -10], pixels[64:192, 3 * 138 + 10 : 4 * 138])
+        assert not np.array_equal(pixels[64:192, 10:138], pixels[64:192, 3 * 138 + 10 : 4 * 138])
+    with Image.open(result.folder / "showcase.png") as showcase:
+        assert showcase.width % (2 * 128 + 30) == 10
 
     # Again, with one seed more: only that is trained and edited.
     again = compare(config, some, workdir, seeds=(0, 1, 2), editor=editor)
