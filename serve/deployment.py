@@ -23,6 +23,7 @@ from insightedit.serve.fleet import FleetStatus
 from insightedit.serve.ingress import check_haproxy, haproxy_variables
 from insightedit.serve.settings import ServeSettings
 from insightedit.serve.state import ServePlan, ServeState, clear_state, read_state
+from insightedit.serve.traces import check_traces
 
 DEFAULT_PORT = 8000
 _LOG_LINES = 12
@@ -77,6 +78,7 @@ def up(
     check_access(workdir, settings)
     if settings.haproxy:
         check_haproxy()
+    check_traces(settings.traces)
     registry = Registry(workdir)
     version = registry.resolve(reference)
     plan = ServePlan(

@@ -35,6 +35,7 @@ from insightedit.serve.schema import ApiError, overloaded
 from insightedit.serve.settings import Limits, ServeSettings
 from insightedit.serve.shared import Shared
 from insightedit.serve.state_store import open_store
+from insightedit.serve.traces import Traces
 from insightedit.serve.trials import Trials
 
 logger = logging.getLogger(LOGGER)
@@ -189,6 +190,7 @@ class Gateway:
         self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits, self._meters)
         store = open_store(own.state.url, Workdir.open().root / "state.db", own.state.bytes)
         self._shared = Shared.of(store, own.state, own.limits, own.webhooks)
+        self._traces = Traces(own.traces) if own.traces.url else None
         self._trials = Trials(self._backend, own.rollout, store, channel)
 
     def reconfigure(self, table: dict[str, Any]) -> None:
@@ -201,11 +203,12 @@ class Gateway:
             self._backend,
             self._limits,
             self._meters,
-            False,
-            self._access,
-            self._shared,
-            self._trials,
-            self._image_urls,
+            sets_request_id=False,
+            access=self._access,
+            shared=self._shared,
+            trials=self._trials,
+            image_urls=self._image_urls,
+            traces=self._traces,
         )
         app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
         return app
