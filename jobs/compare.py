@@ -287,7 +287,7 @@ def _do(cell: Cell, config: RunConfig, workdir: Workdir, watchers: CompareWatche
     elif editor is not None:
         edits = editor.edit(folder, cases, watchers.edit)
     else:
-        with editor_pool(cell.training or config) as pool:
+        with editor_pool(cell.training or config, workdir) as pool:
             edits = pool.edit(folder, cases, watchers.edit)
     judged = measure(judge(cases, edits, by), meter)
     cell.folder.mkdir(parents=True, exist_ok=True)
