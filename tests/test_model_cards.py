@@ -12,6 +12,7 @@ from empty_registry import make_workdir
 from huggingface_hub import ModelCard, ModelCardData
 from mlflow.entities import Metric, Param
 
+from insightedit.cli import cli
 from insightedit.platform.model_cards import is_own_card, keep_card, model_card, stated_licence, write_card
 from insightedit.platform.registry import ModelVersion, Registry
 from insightedit.platform.tracking import ensure_experiment
@@ -143,6 +144,14 @@ def test_cards_of_others_are_told_apart(registry: Registry, workdir: Workdir, tm
     assert (stated_licence(theirs), is_own_card(theirs)) == (None, False)
     ours = write_card(registry, _register(registry, workdir, tmp_path / "model", OURS), tmp_path)
     assert (stated_licence(ours), is_own_card(ours)) == ("apache-2.0", True)
+
+
+def test_the_command_prints_the_card(
+    registry: Registry, workdir: Workdir, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    version = _judged(registry, workdir, _register(registry, workdir, tmp_path / "model", OURS))
+    cli.main(["--workdir", str(workdir.root), "models", "card", version.version], standalone_mode=False)
+    assert capfd.readouterr().out.strip() == model_card(registry, version).strip()
 
 
 def test_the_page_is_kept_with_the_version(registry: Registry, workdir: Workdir, tmp_path: Path) -> None:
