@@ -166,7 +166,9 @@ def test_the_page_is_kept_with_the_version(registry: Registry, workdir: Workdir,
     assert "| all instructions | 0.670 | 2.41 | 4.29 |" in kept()
     registry.promote(version.version)
     keep_card(registry, version)
-    assert f"promote nothing to {version.version}" in kept()
+    decision = f"promote nothing to {version.version}"
+    assert decision in model_card(registry, version)
+    assert decision not in kept(), "it would grow stale there"
     registry.set_tags(version.version, {"imported_reason": "x" * 6000, "imported_from": "weights"})
     keep_card(registry, registry.resolve(version.version))
     assert len(kept()) == 5000, "as long as the registry allows"
