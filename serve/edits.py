@@ -21,6 +21,7 @@ from insightedit.serve.admission import Admission, Ticket, asked_seconds
 from insightedit.serve.answers import CompletedEvent, ImagesResponse, PartialImageEvent, Timing, Usage
 from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, PartialTaker
 from insightedit.serve.door import caller_of
+from insightedit.serve.feedback import Feedback, OfferedEdit
 from insightedit.serve.forms import EditRequest, read_edit_request
 from insightedit.serve.idempotency import REPLAYED_HEADER, Claim, IdempotencyKeys, KeyedRequest, fingerprint, key_of
 from insightedit.serve.logs import LOGGER, log_edit
@@ -131,12 +132,21 @@ class Picture:
 class EditService:
     """Answers edit requests: admitted, in fair turn, in time."""
 
-    def __init__(self, backend: Backend, limits: Limits, meters: Meters, keys: IdempotencyKeys, trials: Trials) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        limits: Limits,
+        meters: Meters,
+        keys: IdempotencyKeys,
+        trials: Trials,
+        feedback: Feedback,
+    ) -> None:
         self.backend = backend
         self.limits = limits
         self.meters = meters
         self.keys = keys
         self.trials = trials
+        self.feedback = feedback
         self.admission = Admission(limits)
         # A decoded image may be a hundred times its file: two at a time bound the memory.
         self._decoding = asyncio.Semaphore(2)
@@ -316,6 +326,9 @@ class EditService:
 
     async def _hand_out(self, plan: Plan, made: Made, emit: Emit[StreamEvent] | None) -> CompletedEvent:
         kept = await plan.claim.keep(made.event)
+        if kept is made.event:
+            piece = plan.pieces[kept.image_index]
+            self.feedback.offer(plan.ticket.caller.name, kept, OfferedEdit(piece.job, made.pixels, piece.mask))
         if emit is not None:
             await emit(kept)
         return kept

@@ -25,13 +25,14 @@ from insightedit.platform.datasets.shapes_edits import sample_edit
 from insightedit.platform.datasets.shapes_world import render
 from insightedit.serve.answers import EVENTS_SCHEMA, ImagesResponse, component_schemas, request_body
 from insightedit.serve.backend import Backend
-from insightedit.serve.door import Access, Door
+from insightedit.serve.door import Access, Door, caller_of
 from insightedit.serve.edits import EditService
+from insightedit.serve.feedback import Feedback, FeedbackAnswer, FeedbackRequest
 from insightedit.serve.idempotency import KEY_PARAMETER, IdempotencyKeys
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import CONTENT_TYPE, Meters
 from insightedit.serve.schema import SEED_LIMIT, ApiError, ErrorResponse
-from insightedit.serve.settings import Limits, RolloutSettings, StateSettings
+from insightedit.serve.settings import FeedbackSettings, Limits, RolloutSettings, StateSettings
 from insightedit.serve.state_store import SqliteStore
 from insightedit.serve.trials import Trials
 from insightedit.serve.uploads import encode_image
@@ -160,6 +161,7 @@ def build_app(
     access: Access | None = None,
     keys: IdempotencyKeys | None = None,
     trials: Trials | None = None,
+    feedback: Feedback | None = None,
 ) -> FastAPI:
     """The whole HTTP interface over some backend.
 
@@ -171,11 +173,13 @@ def build_app(
         access: who may come in; anybody without it.
         keys: what is kept of requests under an `Idempotency-Key`; without it, in this process alone.
         trials: its part of rollouts; without it, the backend's table stays.
+        feedback: what is kept of users' verdicts; nothing without it.
     """
     settings = StateSettings()
     keys = keys or IdempotencyKeys(SqliteStore(":memory:", settings.bytes), settings)
     followed = trials or Trials(backend, RolloutSettings(), SqliteStore(":memory:", settings.bytes), None)
-    service = EditService(backend, limits, meters, keys, followed)
+    kept = feedback or Feedback(FeedbackSettings(), SqliteStore(":memory:", settings.bytes), Path())
+    service = EditService(backend, limits, meters, keys, followed, kept)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
@@ -207,12 +211,29 @@ def build_app(
     async def list_models() -> dict[str, object]:
         return await service.models()
 
+    _add_feedback(app, service)
+
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
         return Response(await asyncio.to_thread(meters.render), media_type=CONTENT_TYPE)
 
     _add_page(app)
     return app
+
+
+def _add_feedback(app: FastAPI, service: EditService) -> None:
+    errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 503)}
+
+    @app.get("/v1/feedback", summary="Whether verdicts on edits are kept.")
+    async def asked() -> dict[str, bool]:
+        return {"consent": service.feedback.settings.consent}
+
+    @app.post("/v1/feedback", summary="Accept or reject an edit.", responses=errors)
+    async def judged(request: Request, said: FeedbackRequest) -> FeedbackAnswer:
+        version = await service.feedback.take(caller_of(request).name, said)
+        service.trials.said(version, said.verdict == "accept")
+        service.meters.feedback.labels(said.verdict, version).inc()
+        return FeedbackAnswer()
 
 
 def example_scene(seed: int) -> dict[str, object]:

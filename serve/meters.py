@@ -46,6 +46,12 @@ class Meters:
             ["model_version"],
             registry=self._registry,
         )
+        self.feedback = Counter(
+            "insightedit_edit_feedback",
+            "What users said of their edits, by verdict (accept, reject) and model version.",
+            ["verdict", "model_version"],
+            registry=self._registry,
+        )
         self.duration = self._histogram("duration", "Time from the request's arrival to its answer.")
         self.queue = self._histogram("queue", "Time an edit waited for a conditioner and an editor.")
         self.step = self._histogram("step", "Time of one denoising step, encoding and decoding shared out over them.")

@@ -27,6 +27,7 @@ from insightedit.serve.backend import (
     VersionTable,
 )
 from insightedit.serve.door import Access
+from insightedit.serve.feedback import FOLDER, Feedback
 from insightedit.serve.fleet import FleetStatus, fleet_status
 from insightedit.serve.gateway import build_app
 from insightedit.serve.idempotency import IdempotencyKeys
@@ -188,6 +189,7 @@ class Gateway:
         self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits, self._meters)
         store = open_store(own.state.url, Workdir.open().root / "state.db", own.state.bytes)
         self._keys = IdempotencyKeys(store, own.state)
+        self._feedback = Feedback(own.feedback, store, Workdir.open().root / FOLDER)
         self._trials = Trials(self._backend, own.rollout, store, channel)
 
     def reconfigure(self, table: dict[str, Any]) -> None:
@@ -196,7 +198,9 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve puts behind the route."""
-        app = build_app(self._backend, self._limits, self._meters, False, self._access, self._keys, self._trials)
+        app = build_app(
+            self._backend, self._limits, self._meters, False, self._access, self._keys, self._trials, self._feedback
+        )
         app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
         return app
 

@@ -207,6 +207,15 @@ class RolloutSettings(_Settings):
         return self
 
 
+class FeedbackSettings(_Settings):
+    """What is kept of users' verdicts on their edits: see `feedback`."""
+
+    consent: bool = False
+    """Whether users have agreed that edits which they judge are kept and trained on. Nothing is kept without it."""
+    wait_seconds: Seconds = 3600.0
+    """How long an edit waits for a verdict."""
+
+
 class ServeSettings(_Settings):
     """Everything `insightedit serve up` can be told beside the model version and the port."""
 
@@ -231,6 +240,7 @@ class ServeSettings(_Settings):
     engine: EngineSettings = EngineSettings()
     state: StateSettings = StateSettings()
     rollout: RolloutSettings = RolloutSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
 
     @property
     def sleeps(self) -> bool:

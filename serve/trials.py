@@ -140,6 +140,10 @@ class Trials:
         """Count an edit that a version has failed at, and the old one not."""
         self._count(version, Tally.failed)
 
+    def said(self, version: str, accepted: bool) -> None:
+        """Count what a user says of an edit."""
+        self._count(version, lambda tally: tally.judged(accepted))
+
     def _count(self, version: str, change: Callable[[Tally], Tally]) -> None:
         table = self._backend.table
         if table.canary is None:

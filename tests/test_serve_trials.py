@@ -27,6 +27,7 @@ from insightedit.serve.backend import (
     VersionInfo,
     VersionTable,
 )
+from insightedit.serve.feedback import Feedback
 from insightedit.serve.gateway import build_app
 from insightedit.serve.idempotency import IdempotencyKeys
 from insightedit.serve.meters import Meters
@@ -96,9 +97,10 @@ class Gateway:
         self.trials = Trials(backend, RolloutSettings(**settings), self.store, CHANNEL.name)
         self.meters = Meters()
         self.keys = IdempotencyKeys(self.store, StateSettings(lease_seconds=0.5))
+        self.feedback: Feedback | None = None
 
     def client(self) -> TestClient:
-        app = build_app(self.backend, LIMITS, self.meters, keys=self.keys, trials=self.trials)
+        app = build_app(self.backend, LIMITS, self.meters, keys=self.keys, trials=self.trials, feedback=self.feedback)
         return TestClient(app, raise_server_exceptions=False)
 
     def evidence(self) -> Evidence:

@@ -223,6 +223,18 @@ def data_prepare(
     emit(made, as_json, lambda: columns([heading, *rows]))
 
 
+@data.command("feedback")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; new, or empty.")
+@json_option
+def data_feedback(out: Path, as_json: bool) -> None:
+    """Write the edits that users of the server have accepted as a dataset that `pairs` reads."""
+    from insightedit.serve.feedback import export_feedback
+
+    done = export_feedback(open_workdir(), out)
+    use = f"--set data.datasets.pairs.root={done.folder}"
+    emit(done, as_json, lambda: [f"{done.pairs} accepted edits in {done.folder}, {done.rejected} rejected; {use}"])
+
+
 # -- training -------------------------------------------------------------------------------------------------------
 
 
