@@ -177,7 +177,7 @@ def build_app(
     """
     settings = StateSettings()
     keys = keys or IdempotencyKeys(SqliteStore(":memory:", settings.bytes), settings)
-    followed = trials or Trials(backend, RolloutSettings(), SqliteStore(":memory:", settings.bytes), None)
+    followed = trials or Trials(backend, RolloutSettings(), SqliteStore(":memory:", settings.bytes), None, meters)
     kept = feedback or Feedback(FeedbackSettings(), SqliteStore(":memory:", settings.bytes), Path())
     service = EditService(backend, limits, meters, keys, followed, kept)
 

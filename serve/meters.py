@@ -69,6 +69,14 @@ class Meters:
             registry=self._registry,
         )
 
+        self.quality = Gauge(
+            "insightedit_rollout_quality",
+            "Quality, 0 to 1, of the same edits by a new version and by the old one while it is on trial.",
+            ["model_version"],
+            multiprocess_mode="mostrecent",
+            registry=self._registry,
+        )
+
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(f"insightedit_edit_{name}_seconds", text, buckets=_BUCKETS, registry=self._registry)
 

@@ -190,7 +190,7 @@ class Gateway:
         store = open_store(own.state.url, Workdir.open().root / "state.db", own.state.bytes)
         self._keys = IdempotencyKeys(store, own.state)
         self._feedback = Feedback(own.feedback, store, Workdir.open().root / FOLDER)
-        self._trials = Trials(self._backend, own.rollout, store, channel)
+        self._trials = Trials(self._backend, own.rollout, store, channel, self._meters)
 
     def reconfigure(self, table: dict[str, Any]) -> None:
         """Take another version table, as plain data."""

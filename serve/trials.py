@@ -21,6 +21,7 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError
 
 from insightedit.serve.backend import Backend, EditJob, VersionTable
 from insightedit.serve.logs import LOGGER
+from insightedit.serve.meters import Meters
 from insightedit.serve.rollout import Evidence, Tally
 from insightedit.serve.settings import RolloutSettings
 from insightedit.serve.state_store import Entry, StateStore, StoreFullError, StoreUnreachableError
@@ -80,7 +81,9 @@ class Shadow(BaseModel):
 class Trials:
     """What a gateway does for rollouts."""
 
-    def __init__(self, backend: Backend, settings: RolloutSettings, store: StateStore, channel: str | None) -> None:
+    def __init__(
+        self, backend: Backend, settings: RolloutSettings, store: StateStore, channel: str | None, meters: Meters
+    ) -> None:
         """Begin with the table that the backend has.
 
         Args:
@@ -88,10 +91,12 @@ class Trials:
             settings: how rollouts go.
             store: shared with the server.
             channel: the name of the server's channel; None where nobody leads rollouts.
+            meters: where to count.
         """
         self._backend = backend
         self._settings = settings
         self._store = store
+        self._meters = meters
         self._channel = None if channel is None else Channel(channel)
         self._name = uuid.uuid4().hex
         self._table = b""
@@ -230,6 +235,10 @@ class Trials:
         if _trial_of(table) != _trial_of(self._backend.table):
             self._evidence = self._written = Evidence()
         self._backend.table, self._table = table, found
+        rollout = table.rollout
+        if rollout is not None and rollout.quality is not None and rollout.old_quality is not None:
+            self._meters.quality.labels(rollout.version).set(rollout.quality)
+            self._meters.quality.labels(rollout.old).set(rollout.old_quality)
 
     async def _write(self) -> None:
         rollout, seen = self._backend.table.rollout, self._evidence

@@ -127,18 +127,18 @@ def test_a_mask_is_part_of_what_is_learnt(site: Site, client: TestClient) -> Non
 
 
 def test_accepted_edits_come_out_as_pairs(
-    site: Site, client: TestClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    site: Site, client: TestClient, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for verdict, prompt in (("accept", "make it dark"), ("reject", "no"), ("accept", 'say "é"')):
+    for verdict, prompt in (("accept", "make it dark"), ("reject", "no"), ("accept", 'say "\u00e9"')):
         assert say(client, post(client, prompt=prompt, seed="4"), verdict).status_code == 200
     out = tmp_path / "pairs"
     arguments = ["data", "feedback", "--out", str(out), "--workdir", str(site.workdir.root)]
     assert cli.run([*arguments, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"folder": str(out), "pairs": 2, "rejected": 1}
+    assert json.loads(capfd.readouterr().out) == {"folder": str(out), "pairs": 2, "rejected": 1}
     reader, options = PairsReader(), {"root": str(out)}
     records = [record for entry in reader.entries(options) for record in reader.read(options, entry)]
     assert all(isinstance(record, Record) for record in records), records
-    assert [record.instruction for record in records if isinstance(record, Record)] == ["make it dark", 'say "é"']
+    assert [record.instruction for record in records if isinstance(record, Record)] == ["make it dark", 'say "\u00e9"']
     first = records[0]
     assert isinstance(first, Record)
     assert first.target is not None
@@ -151,10 +151,10 @@ def test_accepted_edits_come_out_as_pairs(
     assert cli.run(arguments) == 2  # It is there.
 
 
-def test_nothing_accepted_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_accepted_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     workdir = Workdir.open(tmp_path / "work")
     assert cli.run(["data", "feedback", "--out", str(tmp_path / "out"), "--workdir", str(workdir.root)]) == 4
-    assert "has been accepted" in capsys.readouterr().err
+    assert "has been accepted" in capfd.readouterr().err
     (workdir.root / FOLDER).mkdir()
     (workdir.root / FOLDER / "a.json").write_text("{")
     assert list(kept_feedback(workdir.root / FOLDER)) == []
