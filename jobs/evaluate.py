@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,8 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 import torch
-from mlflow import MlflowClient
-from mlflow.entities import Metric
 from numpy.typing import NDArray
 from PIL import Image
 from ray.exceptions import RayTaskError
@@ -33,25 +29,22 @@ from insightedit.platform.evaluation import (
     Figures,
     JudgedEdit,
     Pixels,
-    case_results,
     evaluation_cases,
     figures,
     judge,
+    measure,
     shuffled,
     summarise,
     unit_range,
-    write_cases,
 )
+from insightedit.platform.evaluation_runs import keep_evaluation
 from insightedit.platform.judges.choosing import build_judge
+from insightedit.platform.metrics import Meter
 from insightedit.platform.registry import ModelVersion, Registry
-from insightedit.platform.reports import sheet_rows, write_sheet
-from insightedit.platform.results import RESULTS_FILE, write_results
-from insightedit.platform.tracking import ensure_experiment, environment_tags
 from insightedit.platform.workdir import Workdir
 
 CONTROL_SCENES = 50
 """Scenes of the control with shuffled instructions: enough for a mean that must be close to 0."""
-SHEET_ROWS = 20
 
 Progress = Callable[[int, int], None]
 """Is told how many edits of how many are made."""
@@ -71,6 +64,8 @@ class EvaluationResult:
 
     evaluation: Evaluation
     run_id: str
+    report: Path
+    """The page for people, one HTML file."""
     judged: Sequence[JudgedEdit]
 
 
@@ -178,31 +173,32 @@ def evaluate(
         judging: is told how far the judge is.
 
     Raises:
+        NotFoundError: weights of a metric are missing.
         InsightEditError: the version is damaged, editing failed, or no edit could be judged.
     """
     registry = Registry(workdir)
     folder = registry.fetch(model) if isinstance(model, ModelVersion) else model
     cases = evaluation_cases(config.evaluation)
     controls = cases[: 2 * CONTROL_SCENES]  # two instructions each
-    by = build_judge(config.evaluation.judge, workdir)
+    by, meter = build_judge(config.evaluation.judge, workdir), Meter(config.evaluation.metrics)
     wanted = [*cases, *shuffled(controls)]
     if editor is None:
         with editor_pool(config) as pool:
             edits = pool.edit(folder, wanted, progress)
     else:
         edits = editor.edit(folder, wanted, progress)
-    judged = judge(cases, edits[: len(cases)], by, judging)
+    judged = measure(judge(cases, edits[: len(cases)], by, judging), meter)
     # What another instruction made of a scene is judged by the scene's own.
     control = judge(controls, edits[len(cases) :], by)
     copies = judge(controls, (unit_range(case.source) for case in controls), by)
     evaluation = summarise(judged, control, copies, by)
-    evaluation = replace(evaluation, before_training=before_training)
-    name = f"version {model.version}" if isinstance(model, ModelVersion) else folder.name
+    missing = meter.missing([one.metrics for one in judged])
+    evaluation = replace(evaluation, before_training=before_training, unmeasured=missing)
     parent = model.run_id if isinstance(model, ModelVersion) else parent_run
-    run_id = _track(registry.client, workdir, f"evaluate/{name}", parent, evaluation, judged)
+    kept = keep_evaluation(registry, workdir, model, evaluation, judged, parent)
     if isinstance(model, ModelVersion):
-        registry.set_tags(model.version, {**evaluation.tags(), "evaluation.run": run_id})
-    return EvaluationResult(evaluation=evaluation, run_id=run_id, judged=judged)
+        registry.set_tags(model.version, {**evaluation.tags(), "evaluation.run": kept.run_id})
+    return EvaluationResult(evaluation=evaluation, run_id=kept.run_id, report=kept.report, judged=judged)
 
 
 def evaluate_quickly(
@@ -216,30 +212,3 @@ def evaluate_quickly(
     """The overall figures on the first scenes alone, without controls; only a language model's answers are kept."""
     cases = evaluation_cases(config.evaluation, scenes)
     return figures(judge(cases, editor.edit(folder, cases, progress), build_judge(config.evaluation.judge, workdir)))
-
-
-def _track(
-    client: MlflowClient,
-    workdir: Workdir,
-    name: str,
-    parent: str | None,
-    evaluation: Evaluation,
-    judged: Sequence[JudgedEdit],
-) -> str:
-    """Keep an evaluation as an MLflow run with metrics and files, and return the run's id."""
-    tags = environment_tags() | {"evaluation.cases": evaluation.cases}
-    if parent is not None:
-        tags["mlflow.parentRunId"] = parent
-    run = client.create_run(ensure_experiment(client, workdir), tags=tags, run_name=name)
-    run_id = run.info.run_id
-    metrics = [Metric(key, value, run.info.start_time, 0) for key, value in evaluation.metrics().items()]
-    client.log_batch(run_id, metrics=metrics)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        (folder / "evaluation.json").write_text(json.dumps(evaluation.to_json(), indent=2) + "\n", encoding="utf-8")
-        write_cases(folder / "cases.parquet", judged)
-        write_results(folder / RESULTS_FILE, case_results(judged))
-        write_sheet(folder / "sheet.png", sheet_rows(judged, SHEET_ROWS))
-        client.log_artifacts(run_id, str(folder))
-    client.set_terminated(run_id)
-    return run_id

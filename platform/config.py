@@ -300,6 +300,24 @@ JudgeConfig = Annotated[
 ]
 
 
+class MetricsConfig(_Settings):
+    """Metrics beside the judge's scores. Those whose weights are not named here are reported as missing."""
+
+    lpips: str | None = None
+    """Folder with LPIPS's weights: torchvision's of the network, and the authors' of the linear layers."""
+    network: Literal["vgg", "alex", "squeeze"] = "alex"
+    """LPIPS's network."""
+    clip: str | None = None
+    """Folder of a `CLIPModel`, for the CLIP score of the edited region and for CLIP-I."""
+    dino: str | None = None
+    """Folder of a DINO model, such as dino-vits16."""
+    side: Count | None = None
+    """Side of the square that pictures are brought to before they are compared; their own size if None."""
+    outside: Literal["alone", "blackened"] = "alone"
+    """What PSNR, SSIM, MSE and LPIPS are means over: the pixels outside the edit region, or the whole picture with the
+    region black in both, as in the published tables of SmartEdit and InsightEdit."""
+
+
 class EvaluationConfig(_Settings):
     """How a model is judged."""
 
@@ -311,6 +329,7 @@ class EvaluationConfig(_Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     batch: Count = 16
     """Edits at a time."""
+    metrics: MetricsConfig = MetricsConfig()
 
 
 class PromotionConfig(_Settings):

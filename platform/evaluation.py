@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from insightedit.platform.config import EvaluationConfig
-from insightedit.platform.datasets.shapes_edits import sample_edit
+from insightedit.platform.datasets.shapes_edits import Edit, sample_edit
 from insightedit.platform.datasets.shapes_world import SPLITS, render
 from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.judges import (
@@ -31,6 +31,7 @@ from insightedit.platform.judges import (
     Verdict,
 )
 from insightedit.platform.judges.shapes import ShapesJudge, shapes_truth
+from insightedit.platform.metrics import Comparison, Mean, Meter, means
 from insightedit.platform.records import encode_png
 from insightedit.platform.results import CaseResult
 
@@ -59,6 +60,10 @@ class EditCase:
     target: NDArray[np.uint8]
     truth: Truth | None
     """What the exact judge needs to know; None where only a language model can judge."""
+    region: NDArray[np.bool_] | None = None
+    """(H, W), true where the edit belongs; None where nobody knows."""
+    caption: str = ""
+    """What the edited region should show; empty where nothing should, or nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,8 @@ class JudgedEdit:
     case: EditCase
     edit: Pixels
     verdict: Verdict
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    """By name; what could not be measured has no entry."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +115,10 @@ class Evaluation:
     """Who gave the scores: the exact judge of shapes, or a language model with its settings and questions."""
     costs: Costs = field(default_factory=Costs)
     """What asking a language model took, controls included."""
+    measured: Mapping[str, Mean] = field(default_factory=dict[str, Mean])
+    """Means of the metrics beside the scores (`insightedit.platform.metrics.METRICS`)."""
+    unmeasured: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The metrics that no edit has, with the reason."""
 
     def to_json(self) -> dict[str, Any]:
         """As `report.json` has it: the overall figures stand at the top."""
@@ -137,6 +148,7 @@ class Evaluation:
         return {
             **{f"{group}.{name}": getattr(figures, name) for group, figures in groups.items() for name in names},
             **(costs if any(costs.values()) else {}),
+            **{f"metric.{name}": mean.mean for name, mean in self.measured.items()},
             "all.failed": float(self.overall.failed),
         }
 
@@ -175,10 +187,18 @@ def evaluation_cases(config: EvaluationConfig, scenes: int | None = None) -> lis
                 source=source,
                 target=target,
                 truth=truth,
+                region=~np.logical_or.reduce(truth.keep_regions),
+                caption=_new_shapes(edit),
             )
             for wording, instruction in (("simple", edit.simple), ("advanced", edit.advanced))
         )
     return cases
+
+
+def _new_shapes(edit: Edit) -> str:
+    """What the target shows and the source does not."""
+    new = [shape for shape in edit.target.shapes if shape not in edit.source.shapes]
+    return ", ".join(f"a {shape.size} {shape.colour} {shape.kind}" for shape in new)
 
 
 def shuffled(cases: Sequence[EditCase]) -> list[EditCase]:
@@ -220,6 +240,22 @@ def judge(
     ]
     verdicts = (by or ShapesJudge()).judge(asked, progress)
     return [JudgedEdit(*one) for one in zip(cases, made, verdicts, strict=True)]
+
+
+def measure(judged: Iterable[JudgedEdit], meter: Meter) -> list[JudgedEdit]:
+    """The same edits with their metrics, measured on the 8-bit pictures that people get."""
+    edits = list(judged)
+    rows = meter.measure(
+        Comparison(
+            source=one.case.source,
+            edit=pixels_8bit(one.edit),
+            target=one.case.target,
+            region=one.case.region,
+            caption=one.case.caption,
+        )
+        for one in edits
+    )
+    return [replace(one, metrics=row) for one, row in zip(edits, rows, strict=True)]
 
 
 def figures(judged: Iterable[JudgedEdit]) -> Figures:
@@ -273,6 +309,7 @@ def summarise(
         shuffled=figures(control),
         judge=by.identity,
         costs=by.costs,
+        measured=means([one.metrics for one in judged]),
     )
 
 
@@ -287,6 +324,7 @@ def case_results(judged: Iterable[JudgedEdit]) -> list[CaseResult]:
             wording=one.case.wording,
             instruction=one.case.instruction,
             **_verdict_fields(one.verdict),
+            metrics=one.metrics,
         )
         for one in judged
     ]

@@ -73,6 +73,11 @@ class Workdir:
         return self.root / "runs"
 
     @property
+    def reports(self) -> Path:
+        """The pages of evaluations."""
+        return self.root / "reports"
+
+    @property
     def logs(self) -> Path:
         """Logs of long-lived processes."""
         return self.root / "logs"

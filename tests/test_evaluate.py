@@ -174,6 +174,12 @@ def test_a_perfect_editor_is_evaluated_and_kept(config: RunConfig, cases: list[E
         (5, 5, 1.0, "")
     }
     assert len({(row.scene, row.seed) for row in results}) == SCENES
+    # Rendered targets differ from their sources inside the edit region alone.
+    assert {(row.metrics["psnr"], row.metrics["mse"], row.metrics["l1"]) for row in results} == {(100.0, 0.0, 0.0)}
+    assert content["measured"]["psnr"] == {"mean": 100.0, "edits": 2 * SCENES}
+    assert run.data.metrics["metric.psnr"] == 100.0
+    assert content["unmeasured"].keys() == {"lpips", "clip_score", "clip_i", "dino"}
+    assert not any("lpips" in name for name in run.data.metrics), "what is missing is no 0"
     with Image.open(artifacts / "sheet.png") as sheet:
         assert sheet.height > 10 * 160
 

@@ -454,11 +454,11 @@ def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool,
             progress=lambda done, total: display.at("Evaluation", done, total, named),
             judging=lambda done, total: display.at("Judging", done, total, named),
         )
-    report = result.evaluation.to_json() | {"model": named, "run": result.run_id}
-    emit(report, as_json, lambda: _show_evaluation(named, result.evaluation))
+    report = result.evaluation.to_json() | {"model": named, "run": result.run_id, "report": result.report}
+    emit(report, as_json, lambda: _show_evaluation(named, result.evaluation, result.report))
 
 
-def _show_evaluation(named: str, evaluation: Evaluation) -> Iterable[str]:
+def _show_evaluation(named: str, evaluation: Evaluation, report: Path) -> Iterable[str]:
     groups = {"all": evaluation.overall, "simple": evaluation.simple, "advanced": evaluation.advanced}
     groups |= {f"task {name}": figures for name, figures in evaluation.by_task.items()}
     groups |= {"source unchanged": evaluation.copy_baseline, "instructions shuffled": evaluation.shuffled}
@@ -469,6 +469,11 @@ def _show_evaluation(named: str, evaluation: Evaluation) -> Iterable[str]:
         for name, one in groups.items()
     ]
     yield from columns([("", "EDITS", "VIESCORE", "S_I", "S_N"), *rows])
+    yield ""
+    means = [(name, str(one.edits), f"{one.mean:.4f}") for name, one in evaluation.measured.items()]
+    yield from columns([("METRIC", "EDITS", "MEAN"), *means])
+    yield from (f"{name} is missing. {reason}" for name, reason in evaluation.unmeasured.items())
+    yield f"report: {report}"
 
 
 @cli.command()

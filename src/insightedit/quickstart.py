@@ -22,7 +22,7 @@ import transformers
 from mlflow import MlflowClient
 
 from insightedit.display import Display
-from insightedit.jobs.evaluate import SHEET_ROWS, EditorPool, EvaluationResult, evaluate, evaluate_quickly
+from insightedit.jobs.evaluate import EditorPool, EvaluationResult, evaluate, evaluate_quickly
 from insightedit.jobs.prepare import prepare
 from insightedit.jobs.promote import promote
 from insightedit.jobs.train import TrainingResult, Watchers, export_untrained, train
@@ -30,6 +30,7 @@ from insightedit.platform.cluster import connected
 from insightedit.platform.config import RunConfig
 from insightedit.platform.errors import GateRefusedError, InsightEditError, UsageError
 from insightedit.platform.evaluation import EditCase, Figures
+from insightedit.platform.evaluation_runs import SHEET_ROWS
 from insightedit.platform.records import encode_png
 from insightedit.platform.registry import CHAMPION, ModelVersion, Registry
 from insightedit.platform.reports import Curve, Report, sheet_rows, write_report, write_sheet
