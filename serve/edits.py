@@ -24,9 +24,10 @@ from insightedit.serve.door import caller_of
 from insightedit.serve.feedback import Feedback, OfferedEdit
 from insightedit.serve.forms import EditRequest, read_edit_request
 from insightedit.serve.idempotency import REPLAYED_HEADER, Claim, IdempotencyKeys, KeyedRequest, fingerprint, key_of
+from insightedit.serve.keys import Caller
 from insightedit.serve.logs import LOGGER, log_edit
 from insightedit.serve.meters import Meters
-from insightedit.serve.schema import SEED_LIMIT, ApiError, EditFields
+from insightedit.serve.schema import EDIT_BODIES, JOB_BODIES, SEED_LIMIT, ApiError, Bodies, EditFields, overloaded
 from insightedit.serve.settings import Limits
 from insightedit.serve.streams import Emit, EventStream, Running, all_or_none, while_client_stays
 from insightedit.serve.trials import Trials
@@ -45,7 +46,9 @@ CLIENT_LEFT = 499
 class Visit:
     """A request while the gateway has it."""
 
-    request: Request
+    caller: Caller
+    request_id: str
+    """What the caller and the log know it by."""
     version: str = ""
     """Of the model; "" until the request has been read."""
     seed: int = 0
@@ -56,15 +59,15 @@ class Visit:
     """Whom the caller asks for."""
     started: float = field(default_factory=time.perf_counter)
 
+    @classmethod
+    def of(cls, request: Request) -> Visit:
+        """A request that has just come."""
+        return cls(caller_of(request), request.state.request_id)
+
     @property
     def seconds(self) -> float:
         """Since it came."""
         return time.perf_counter() - self.started
-
-    @property
-    def request_id(self) -> str:
-        """What the caller and the log know it by."""
-        return self.request.state.request_id
 
     @property
     def headers(self) -> dict[str, str]:
@@ -161,12 +164,12 @@ class EditService:
             ApiError: it is refused, or fails before the first event of its stream.
             ClientDisconnect: nobody waits for the answer any more.
         """
-        visit = Visit(request)
+        visit = Visit.of(request)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._counted(visit))
             ticket = stack.enter_context(self._admitted(request))
             key = key_of(request.headers)
-            wanted = await self._read(visit, ticket)
+            wanted = await self._read(visit, ticket, request)
             if wanted.request.fields.stream:
                 work = partial(self._edits, visit, ticket, wanted, key)
                 events = await stack.enter_async_context(Running[StreamEvent](work))
@@ -180,6 +183,36 @@ class EditService:
                 "x-insightedit-compute-seconds": str(body.timing.compute),
             }
             return JSONResponse(body.model_dump(), headers={**visit.headers, **headers})
+
+    async def accept(self, request: Request) -> Wanted:
+        """Read and check an edit that is to be done later.
+
+        Raises:
+            ApiError: it is refused.
+        """
+        with self._admitted(request) as ticket:
+            return await self._read(Visit.of(request), ticket, request, JOB_BODIES)
+
+    async def do(self, visit: Visit, request: EditRequest) -> list[CompletedEvent]:
+        """Do an edit that was accepted earlier, for nobody who waits.
+
+        Args:
+            visit: whose it is, with its seed and version.
+            request: as it was accepted.
+
+        Raises:
+            ApiError: 429 or 503 for what may go well at another time, others for what fails for good.
+        """
+        admitted = self.admission.admitted(visit.caller, counts=False)
+        with admitted as ticket, self.meters.in_flight.track_inprogress():
+            ticket.shorten(request.fields.timeout)
+            try:
+                return await self._made(visit, ticket, await self._decoded(request), Claim(visit.seed, visit.version))
+            except ApiError as error:
+                # It was not slow: its turn did not come.
+                if error.status == HTTPStatus.GATEWAY_TIMEOUT and not ticket.begun:
+                    raise overloaded(self.limits) from None
+                raise
 
     @asynccontextmanager
     async def _counted(self, visit: Visit) -> AsyncGenerator[None]:
@@ -200,7 +233,7 @@ class EditService:
             self.meters.duration.observe(visit.seconds)
         finally:
             self.meters.requests.labels(status, visit.version).inc()
-            log_edit(caller_of(visit.request).name, visit.version, status, visit.seconds, code, visit.user)
+            log_edit(visit.caller.name, visit.version, status, visit.seconds, code, visit.user)
 
     @contextmanager
     def _admitted(self, request: Request) -> Generator[Ticket]:
@@ -210,15 +243,25 @@ class EditService:
 
     # -- what is to be done --------------------------------------------------------------------------------------
 
-    async def _read(self, visit: Visit, ticket: Ticket) -> Wanted:
+    async def _read(self, visit: Visit, ticket: Ticket, request: Request, bodies: Bodies = EDIT_BODIES) -> Wanted:
         async with self.admission.reading(ticket):
-            request = await read_edit_request(visit.request, self.limits)
-        visit.user = request.fields.user
-        ticket.shorten(request.fields.timeout)
-        draw = self.trials.draw(caller_of(visit.request).name, visit.user)
-        visit.version = self.backend.table.choose(request.fields.model, draw)
+            read = await read_edit_request(request, self.limits, bodies)
+        visit.user = read.fields.user
+        ticket.shorten(read.fields.timeout)
+        visit.version = self.chosen(visit.caller, read.fields)
+        return await self._decoded(read)
+
+    def chosen(self, caller: Caller, fields: EditFields) -> str:
+        """The version that an edit gets which begins now.
+
+        Raises:
+            ApiError: 404, it asks for one that is not served.
+        """
+        return self.backend.table.choose(fields.model, self.trials.draw(caller.name, fields.user))
+
+    async def _decoded(self, read: EditRequest) -> Wanted:
         async with self._decoding:
-            return await asyncio.to_thread(_decode, request, self.limits)
+            return await asyncio.to_thread(_decode, read, self.limits)
 
     @asynccontextmanager
     async def _claimed(self, visit: Visit, wanted: Wanted, key: str | None) -> AsyncGenerator[Claim]:
@@ -228,8 +271,7 @@ class EditService:
         if key is None:
             yield Claim(seed, visit.version)
             return
-        scope = caller_of(visit.request).name
-        keyed = KeyedRequest(scope, key, wanted.fingerprint, len(wanted.sources) * fields.n)
+        keyed = KeyedRequest(visit.caller.name, key, wanted.fingerprint, len(wanted.sources) * fields.n)
         async with self.keys.claimed(keyed, seed, visit.version) as claim:
             yield claim
 
@@ -238,13 +280,14 @@ class EditService:
         # A version that was rolled back is gone before it has made an image that anybody was sent.
         if table.entry(claim.version) is None and not await claim.move(table.default):
             message = (
-                f"Model version {claim.version}, which this Idempotency-Key has, is not served any more; use a new key."
+                f"Model version {claim.version}, which this edit was to be made by, is not served any more; send it "
+                "under a new key or id."
             )
-            raise ApiError(410, "version_gone", message, "Idempotency-Key")
+            raise ApiError(410, "version_gone", message)
         fields = wanted.request.fields
         # What a request costs does not depend on whom chance gave it to.
         steps = await self._steps(fields, table.default if self.trials.on_trial(claim.version) else claim.version)
-        self.admission.charge(ticket.caller, sum(map(_area, wanted.sources)), steps, fields.n)
+        self.admission.charge(visit.caller, sum(map(_area, wanted.sources)), steps, fields.n)
         pieces = _pieces(fields, claim.seed, wanted.sources, wanted.mask, ticket.caller.allowance.priority)
         return Plan(visit=visit, ticket=ticket, claim=claim, fields=fields, pieces=pieces, steps=steps)
 
@@ -276,19 +319,25 @@ class EditService:
                 claim = await stack.enter_async_context(self._claimed(visit, wanted, key))
             visit.version, visit.seed = claim.version, claim.seed
             if claim.kept is None:
-                plan = await self._plan(visit, ticket, wanted, claim)
-                visit.version = plan.version
-                if self.trials.on_trial(plan.version):
-                    return await self._try_out(plan, emit)
-                images = await all_or_none([self._whole(plan, piece, emit) for piece in plan.pieces])
-                self.trials.answered(plan.version, max(plan.took))
-                return images
+                return await self._made(visit, ticket, wanted, claim, emit)
         visit.replayed = True
         self.meters.replayed.inc()
         if emit is not None:
             for image in claim.kept:
                 await emit(image)
         return claim.kept
+
+    async def _made(
+        self, visit: Visit, ticket: Ticket, wanted: Wanted, claim: Claim, emit: Emit[StreamEvent] | None = None
+    ) -> list[CompletedEvent]:
+        """The images of a request, made now."""
+        plan = await self._plan(visit, ticket, wanted, claim)
+        visit.version = plan.version
+        if self.trials.on_trial(plan.version):
+            return await self._try_out(plan, emit)
+        images = await all_or_none([self._whole(plan, piece, emit) for piece in plan.pieces])
+        self.trials.answered(plan.version, max(plan.took))
+        return images
 
     async def _try_out(self, plan: Plan, emit: Emit[StreamEvent] | None) -> list[CompletedEvent]:
         """The images by a version on trial, or all of them by the default one when it fails at any.

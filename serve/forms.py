@@ -15,7 +15,16 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from insightedit.serve.schema import SOURCES, ApiError, EditFields, ImageRef, parse_form, parse_json
+from insightedit.serve.schema import (
+    EDIT_BODIES,
+    SOURCES,
+    ApiError,
+    Bodies,
+    EditFields,
+    ImageRef,
+    parse_form,
+    parse_json,
+)
 from insightedit.serve.settings import Limits
 
 _CHARSET = re.compile(r"""charset\s*=\s*["']?([^"';,\s]*)""", re.IGNORECASE)
@@ -38,8 +47,13 @@ class EditRequest:
     mask: Upload | None = None
 
 
-async def read_edit_request(request: Request, limits: Limits) -> EditRequest:
+async def read_edit_request(request: Request, limits: Limits, bodies: Bodies = EDIT_BODIES) -> EditRequest:
     """Read a body, at most `limits.body_bytes` of it.
+
+    Args:
+        request: the body's.
+        limits: what it may be.
+        bodies: what it is made of.
 
     Raises:
         ApiError: 413 for too much, 415 for another kind of body, 400 for a broken one or a wrong field.
@@ -51,7 +65,7 @@ async def read_edit_request(request: Request, limits: Limits) -> EditRequest:
         message = "The body must be multipart/form-data with an image and a prompt, or application/json with images."
         raise ApiError(415, "unsupported_media_type", message)
     _check_charset(content_type)
-    return await readers[kind](request, limits)
+    return await readers[kind](request, limits, bodies)
 
 
 def _check_charset(content_type: str) -> None:
@@ -89,7 +103,7 @@ class _FormParser(MultiPartParser):
         super().on_part_end()
 
 
-async def _read_form(request: Request, limits: Limits) -> EditRequest:
+async def _read_form(request: Request, limits: Limits, bodies: Bodies) -> EditRequest:
     parser = _FormParser(
         request.headers, _bounded_body(request, limits), max_files=SOURCES + 1, max_fields=32, max_part_size=2**18
     )
@@ -102,7 +116,7 @@ async def _read_form(request: Request, limits: Limits) -> EditRequest:
         texts, images, masks = await _sorted_parts(form)
     finally:
         await form.close()
-    fields = parse_form(texts, limits)
+    fields = parse_form(texts, limits, bodies.form)
     if not images:
         raise ApiError(400, "missing_required_parameter", "image is missing; attach one as a file.", "image")
     if len(images) > SOURCES:
@@ -141,7 +155,7 @@ async def _file_bytes(name: str, value: UploadFile | str) -> bytes:
 # -- JSON ------------------------------------------------------------------------------------------------------------
 
 
-async def _read_json(request: Request, limits: Limits) -> EditRequest:
+async def _read_json(request: Request, limits: Limits, bodies: Bodies) -> EditRequest:
     text = b"".join([chunk async for chunk in _bounded_body(request, limits)])
     try:
         content: object = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
@@ -149,7 +163,7 @@ async def _read_json(request: Request, limits: Limits) -> EditRequest:
         raise ApiError(400, "invalid_json", "The body cannot be read as JSON.") from None
     if not isinstance(content, dict):
         raise ApiError(400, "invalid_json", "The body must be a JSON object with images and a prompt.")
-    body = parse_json(cast(dict[str, object], content), limits)
+    body = parse_json(cast(dict[str, object], content), limits, bodies.json)
     images = tuple(_referenced(image, f"images[{at}].image_url") for at, image in enumerate(body.images))
     return EditRequest(body, images, _referenced(body.mask, "mask.image_url") if body.mask else None)
 

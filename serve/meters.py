@@ -40,6 +40,9 @@ class Meters:
             "Edit requests answered with what was kept under their Idempotency-Key.",
             registry=self._registry,
         )
+        self.jobs = Counter(
+            "insightedit_edit_jobs", "Jobs that have ended, by how.", ["status"], registry=self._registry
+        )
         self.stood_in = Counter(
             "insightedit_edit_stood_in",
             "Edits that a version on trial failed at, and the default one made; by the one that failed.",

@@ -30,11 +30,11 @@ from insightedit.serve.door import Access
 from insightedit.serve.feedback import FOLDER, Feedback
 from insightedit.serve.fleet import FleetStatus, fleet_status
 from insightedit.serve.gateway import build_app
-from insightedit.serve.idempotency import IdempotencyKeys
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import Meters
 from insightedit.serve.schema import ApiError, overloaded
 from insightedit.serve.settings import Limits, ServeSettings
+from insightedit.serve.shared import Shared
 from insightedit.serve.state_store import open_store
 from insightedit.serve.trials import Trials
 
@@ -200,7 +200,7 @@ class Gateway:
         self._meters = Meters()
         self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits, self._meters)
         store = open_store(own.state.url, Workdir.open().root / "state.db", own.state.bytes)
-        self._keys = IdempotencyKeys(store, own.state)
+        self._shared = Shared.of(store, own.state, own.limits, own.webhooks)
         self._feedback = Feedback(own.feedback, store, Workdir.open().root / FOLDER)
         self._trials = Trials(self._backend, own.rollout, store, channel, self._meters)
 
@@ -211,7 +211,7 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve puts behind the route."""
         app = build_app(
-            self._backend, self._limits, self._meters, False, self._access, self._keys, self._trials, self._feedback
+            self._backend, self._limits, self._meters, False, self._access, self._shared, self._trials, self._feedback
         )
         app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
         return app

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from insightedit.model.stages import STAGES
+from insightedit.platform.chat.config import EndpointConfig, JudgeConfig, LocalModelConfig
 from insightedit.platform.config import (
-    EndpointConfig,
-    JudgeConfig,
-    LocalModelConfig,
     dump_config,
     flattened,
     load_preset,

@@ -19,7 +19,8 @@ from tiny_models import build_sources, tiny_config
 
 from insightedit.jobs.evaluate import CONTROL_SCENES, Progress, editor_pool, evaluate, evaluate_quickly
 from insightedit.model.insightedit import build_pipeline
-from insightedit.platform.config import EndpointConfig, EvaluationConfig, RunConfig, load_preset
+from insightedit.platform.chat.config import EndpointConfig
+from insightedit.platform.config import EvaluationConfig, RunConfig, load_preset
 from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.evaluation import (
     EditCase,

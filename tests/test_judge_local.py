@@ -12,8 +12,8 @@ from tiny_models import build_sources
 from transformers import AutoTokenizer, GenerationConfig
 
 from insightedit.platform.chat import Answer, NoReply, Reply, Turn
+from insightedit.platform.chat.config import LocalModelConfig
 from insightedit.platform.chat.local import LocalChat
-from insightedit.platform.config import LocalModelConfig
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.judges import Failed
 from insightedit.platform.judges.choosing import build_judge

@@ -19,8 +19,8 @@ import pytest
 from made_edits import VALUES, made_edits, values_of
 from stand_in_endpoint import Asked, Drop, React, Reaction, Say, Stall, StandIn, Status, in_turn
 
+from insightedit.platform.chat.config import EndpointConfig
 from insightedit.platform.chat.endpoint import LONGEST_PAUSE, Backoff, ChatEndpoint, retry_after
-from insightedit.platform.config import EndpointConfig
 from insightedit.platform.errors import UsageError
 from insightedit.platform.judges import ASPECTS, Failed, MadeEdit, Scores
 from insightedit.platform.judges.cache import AnswerCache
@@ -417,7 +417,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from insightedit.platform.chat.endpoint import ChatEndpoint
-from insightedit.platform.config import EndpointConfig
+from insightedit.platform.chat.config import EndpointConfig
 from insightedit.platform.judges import MadeEdit
 from insightedit.platform.judges.cache import AnswerCache
 from insightedit.platform.judges.mllm import MllmJudge

@@ -181,8 +181,10 @@ def test_the_page_gives_the_same_bytes(served: Served, browser: Browser) -> None
     page.close()
 
 
-def test_a_key_outlives_its_gateway(served: Served) -> None:
+def test_keys_and_jobs_outlive_their_gateway(served: Served, tmp_path: Path) -> None:
     client = openai.OpenAI(base_url=f"{served_url(served.workdir)}/v1", api_key="any", max_retries=10)
+    image, out = tmp_path / "photo.png", tmp_path / "edited.png"
+    image.write_bytes(png(picture()))
 
     def post(prompt: str = PROMPT) -> Any:
         image = ("a.png", png(picture()), "image/png")
@@ -190,12 +192,17 @@ def test_a_key_outlives_its_gateway(served: Served) -> None:
         return client.images.with_raw_response.edit(image=image, prompt=prompt, extra_headers=headers)
 
     first = post()
+    place = ["--workdir", str(served.workdir.root)]
+    job = ["edit-job", "submit", str(image), PROMPT, "--id", "of-this-test", "--seed", "7", "--steps", "150", *place]
+    assert cli.run(job) == 0
     kill(served, "Gateway")
     again = post()
     assert again.content == first.content
     assert again.headers["idempotent-replayed"] == "true"
     with pytest.raises(openai.UnprocessableEntityError, match="give every request its own"):
         post("another")
+    assert cli.run(["edit-job", "fetch", "of-this-test", "--out", str(out), "--wait", "60", *place]) == 0
+    assert out.read_bytes() == edit(served, picture(), num_inference_steps=150)
 
 
 def test_settings_reach_the_model(served: Served) -> None:

@@ -29,11 +29,11 @@ from insightedit.serve.backend import (
 )
 from insightedit.serve.feedback import Feedback
 from insightedit.serve.gateway import build_app
-from insightedit.serve.idempotency import IdempotencyKeys
 from insightedit.serve.meters import Meters
 from insightedit.serve.rollout import Evidence
 from insightedit.serve.schema import ApiError
 from insightedit.serve.settings import Limits, RolloutSettings, StateSettings
+from insightedit.serve.shared import Shared
 from insightedit.serve.state_store import Entry, SqliteStore
 from insightedit.serve.trials import REFRESH_SECONDS, Channel, Shadow, Trials
 
@@ -97,11 +97,13 @@ class Gateway:
         self.store = SqliteStore(folder / "state.db", 2**24)
         self.meters = Meters()
         self.trials = Trials(backend, RolloutSettings(**settings), self.store, CHANNEL.name, self.meters)
-        self.keys = IdempotencyKeys(self.store, StateSettings(lease_seconds=0.5))
+        self.shared = Shared.of(self.store, StateSettings(lease_seconds=0.5), LIMITS)
         self.feedback: Feedback | None = None
 
     def client(self) -> TestClient:
-        app = build_app(self.backend, LIMITS, self.meters, keys=self.keys, trials=self.trials, feedback=self.feedback)
+        app = build_app(
+            self.backend, LIMITS, self.meters, shared=self.shared, trials=self.trials, feedback=self.feedback
+        )
         return TestClient(app, raise_server_exceptions=False)
 
     def evidence(self) -> Evidence:

@@ -26,7 +26,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from insightedit.platform.chat import Answer, Conversation, NoReply, OnAnswer, Reason, Reply, Turn, Usage, shown
-from insightedit.platform.config import EndpointConfig
+from insightedit.platform.chat.config import EndpointConfig
 from insightedit.platform.errors import UsageError
 
 LONGEST_PAUSE: Final = 120.0

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from insightedit.model.configuration import SourcesConfig
 from insightedit.model.weights import load_mllm, load_mllm_processor
 from insightedit.platform.chat import Answer, Conversation, NoReply, OnAnswer, Reply, Usage, shown
-from insightedit.platform.config import LocalModelConfig
+from insightedit.platform.chat.config import LocalModelConfig
 from insightedit.platform.errors import NotFoundError, UsageError
 
 

@@ -33,7 +33,7 @@ from insightedit.platform.records import BadRow, BadRowError, Record, RecordTask
 Wording = Literal["simple", "advanced"]
 Score = Literal["instruction_follow", "non-overedit", "naturalness", "no_artifacts"]
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Raised whenever the same files give other records."""
 PAIRS_EACH: Final = 10
 """Pairs of one photo, about."""
@@ -162,6 +162,26 @@ class _Pair:
             if isinstance(value, int | float):
                 found[score] = value
         return found
+
+    @property
+    def explanations(self) -> dict[Score, str]:
+        """What the judge says about each score; the authors' files have one reasoning for two of them."""
+        found: dict[Score, str] = {}
+        for score in self.scores:
+            held: dict[str, Any] = self.values[_SCORES[score]]
+            own = held.get("reasonings")
+            text = cast(dict[str, object], own).get(score) if isinstance(own, dict) else held.get("reasoning")
+            if isinstance(text, str) and text.strip():
+                found[score] = text
+        return found
+
+    def about(self, text: str) -> str | None:
+        """What the reasoning of an advanced instruction is about, where the files say it."""
+        for number in (1, 2):
+            about = self.values.get(f"reasoning_about{number}")
+            if self.values.get(f"reasoning_instruction{number}") == text and isinstance(about, str):
+                return about
+        return None
 
     @property
     def wordings(self) -> dict[Wording, list[str]]:
@@ -301,7 +321,9 @@ def _record(
     if isinstance(pair.values.get("segmentation"), dict):
         notes["mask_size"] = pair.values["segmentation"].get("size")
     if pair.scores:
-        notes["scores"] = pair.scores
+        notes |= {"scores": pair.scores, "explanations": pair.explanations}
+    if wording == "advanced" and (about := pair.about(text)):
+        notes["about"] = about
     return Record(
         key=key,
         dataset=AdvancedEditReader.name,

@@ -132,6 +132,47 @@ def sample_edit(seed: int, split: Split, *, fronted: bool = True) -> Edit:
             return replace(edit, held_out=("combination",) * combination + ("wording",) * wording)
 
 
+@dataclass(frozen=True, slots=True)
+class Worded:
+    """An advanced instruction, and the form of reasoning that it needs."""
+
+    text: str
+    form: str
+
+
+def word_edit(
+    task: Task, source: Scene, its: tuple[Shape, ...], new: Shape, rng: random.Random, count: int
+) -> tuple[str, list[Worded]]:
+    """Word an edit that is given: a simple instruction, and advanced ones, each of another form of reasoning.
+
+    Args:
+        task: what is done.
+        source: the scene before.
+        its: the shapes that are edited; none for add.
+        new: what is put in, or of which a part is taken; for remove it does not matter.
+        rng: chooses wordings, none of them held out.
+        count: advanced instructions at most; a scene may offer fewer.
+    """
+    plain = _plain_slots(task, its, new, source)
+    templates = TEMPLATES[task][:-1]
+    advanced: list[Worded] = []
+    forms = [form for group in FORMS[task] for form in group]
+    for form in rng.sample(forms, len(forms)):
+        phrases = [phrase for phrase in _FIND[form](source) if _picks(phrase, its, new)]
+        if phrases and len(advanced) < count:
+            slots = plain | _advanced_slot(task, rng.choice(phrases), new, rng, held_out=False)
+            advanced.append(Worded(rng.choice(templates).format(**slots), form))
+    return rng.choice(templates).format(**plain), advanced
+
+
+def _picks(phrase: Phrase[Any], its: tuple[Shape, ...], new: Shape) -> bool:
+    """Tell whether a phrase picks what an edit is about, and does not mention on the way what it changes."""
+    if phrase.form in SHAPES_FORMS:
+        return phrase.answer == its
+    wanted = new.cell if phrase.form in PLACE_FORMS else new.colour if phrase.form in COLOUR_FORMS else new.kind
+    return phrase.answer == wanted and not set(phrase.anchors) & set(its)
+
+
 def outcome(edit: Edit) -> str:
     """Say what an edit comes to, without reasoning: each place that changes, before and after.
 

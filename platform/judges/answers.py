@@ -14,10 +14,9 @@ from typing import Any, Final, cast
 
 import json_repair
 
+from insightedit.platform.chat.wording import AnswerError, without_thoughts
 from insightedit.platform.judges import TOP_SCORE, Aspect, Score
 
-_THOUGHTS: Final = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
-"""What reasoning models think aloud before they answer; it often holds drafts of the answer."""
 _NUMBER_CUT_OFF: Final = re.compile(r":\s*\"?[\d.]+\s*\Z")
 """A number at the very end of half a JSON: 3 may have become 3.5."""
 _BARE_WORDS: Final = re.compile(r"([\"']\s*:\s*)(\d[^,\"'}\]\n]*)")
@@ -26,10 +25,6 @@ _FULL_MARKS: Final = re.compile(rf"(\d+)(?:\.0*)?\s*(?:(?:/|out of|of)\s*{TOP_SC
 """A score in words: `4`, `4.0`, `4/5`, `4 out of 5`, `4 points`."""
 _EXPLANATIONS: Final = ("explanation", "reasoning", "reason", "rationale", "justification", "comment")
 _SCORES: Final = ("score", "value", "rating", "grade")
-
-
-class AnswerError(ValueError):
-    """An answer without valid scores; the message is a sentence that the model can be told."""
 
 
 def read_answer(text: str, aspects: Iterable[Aspect]) -> dict[Aspect, Score]:
@@ -42,7 +37,7 @@ def read_answer(text: str, aspects: Iterable[Aspect]) -> dict[Aspect, Score]:
     Raises:
         AnswerError: a score is missing or invalid.
     """
-    fields = _fields(_NUMBER_CUT_OFF.sub(":", _THOUGHTS.sub("", text)))
+    fields = _fields(_NUMBER_CUT_OFF.sub(":", without_thoughts(text)))
     if not fields:
         raise AnswerError("there is no JSON object in it.")
     return {aspect: _score(aspect, fields) for aspect in aspects}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from insightedit.platform.chat.endpoint import ChatEndpoint
-from insightedit.platform.chat.local import LocalChat
-from insightedit.platform.config import EndpointConfig, JudgeConfig
+from insightedit.platform.chat.choosing import build_chat
+from insightedit.platform.chat.config import JudgeConfig
 from insightedit.platform.judges import Judge
 from insightedit.platform.judges.cache import AnswerCache
 from insightedit.platform.judges.mllm import MllmJudge
@@ -29,5 +28,4 @@ def build_judge(config: JudgeConfig, workdir: Workdir) -> Judge:
     """
     if isinstance(config, str):
         return ShapesJudge()
-    chat = ChatEndpoint(config) if isinstance(config, EndpointConfig) else LocalChat(config)
-    return MllmJudge(chat, AnswerCache(workdir.root / CACHE))
+    return MllmJudge(build_chat(config), AnswerCache(workdir.root / CACHE))

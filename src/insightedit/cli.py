@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_batch, cli_cluster, cli_edit, cli_keys
+from insightedit import __version__, cli_batch, cli_cluster, cli_construct, cli_edit, cli_jobs, cli_keys
 from insightedit.console import (
     Group,
     Session,
@@ -231,8 +231,11 @@ def data_feedback(out: Path, as_json: bool) -> None:
     from insightedit.serve.feedback import export_feedback
 
     done = export_feedback(open_workdir(), out)
-    use = f"--set data.datasets.pairs.root={done.folder}"
-    emit(done, as_json, lambda: [f"{done.pairs} accepted edits in {done.folder}, {done.rejected} rejected; {use}"])
+    check = f"`insightedit data check pairs {done.folder}`"
+    emit(done, as_json, lambda: [f"{done.pairs} accepted edits; {done.rejected} rejected ones stay out: {check}"])
+
+
+data.add_command(cli_construct.construct)
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -640,6 +643,7 @@ def serve_down(dry_run: bool, as_json: bool) -> None:
 
 
 cli.add_command(cli_edit.edit)
+cli.add_command(cli_jobs.edit_job)
 cli.add_command(cli_batch.batch_edit)
 
 
