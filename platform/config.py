@@ -222,6 +222,11 @@ class CheckpointsConfig(_Settings):
         return self
 
 
+def _named_dataset(value: object) -> object:
+    """A dataset that is given by its name alone."""
+    return {"reader": value} if isinstance(value, str) else value
+
+
 class MetricsConfig(_Settings):
     """Metrics beside the judge's scores. Those whose weights are not named here are reported as missing."""
 
@@ -245,10 +250,14 @@ class EvaluationConfig(_Settings):
 
     judge: JudgeConfig = "shapes"
     """Who gives the scores: `shapes`, which knows the truth of its scenes, or a multimodal language model."""
-    reader: str = "shapes"
+    benchmark: Annotated[DatasetConfig, BeforeValidator(_named_dataset)] = DatasetConfig(reader="shapes")
+    """What is edited: a benchmark's name, or `reader` and `options` as of a dataset, such as its `root`."""
     split: str = "test"
-    scenes: Count = 200
+    """Of shapes: which scenes are drawn."""
+    scenes: Count | None = None
+    """How many source pictures; None takes all that a benchmark has, and of shapes, which has no end, 200."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the edits' noise, and of the scenes of shapes."""
     batch: Count = 16
     """Edits at a time."""
     metrics: MetricsConfig = MetricsConfig()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import secrets
 import time
@@ -23,15 +22,16 @@ from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, PartialTaker
 from insightedit.serve.door import caller_of
 from insightedit.serve.feedback import Feedback, OfferedEdit
 from insightedit.serve.forms import EditRequest, read_edit_request
-from insightedit.serve.idempotency import REPLAYED_HEADER, Claim, IdempotencyKeys, KeyedRequest, fingerprint, key_of
+from insightedit.serve.idempotency import REPLAYED_HEADER, Claim, IdempotencyKeys, KeyedRequest, key_of
 from insightedit.serve.keys import Caller
 from insightedit.serve.logs import LOGGER, log_edit
 from insightedit.serve.meters import Meters
+from insightedit.serve.pieces import Piece, Wanted, area, decode, picture_of, pieces_of
 from insightedit.serve.schema import EDIT_BODIES, JOB_BODIES, SEED_LIMIT, ApiError, Bodies, EditFields, overloaded
-from insightedit.serve.settings import Limits
+from insightedit.serve.settings import Destinations, Limits
 from insightedit.serve.streams import Emit, EventStream, Running, all_or_none, while_client_stays
 from insightedit.serve.trials import Trials
-from insightedit.serve.uploads import Mask, Pixels, decode_mask, decode_upload, encode_image, finish_image
+from insightedit.serve.uploads import Pixels
 
 logger = logging.getLogger(LOGGER)
 
@@ -77,26 +77,6 @@ class Visit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
-    """What a request asks for, its images decoded."""
-
-    request: EditRequest
-    sources: list[Pixels]
-    mask: Mask | None
-    fingerprint: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """One edit of a request."""
-
-    index: int
-    """Its place among the answer's images."""
-    job: EditJob
-    mask: Mask | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What is to be done for a request: its seeds and version fixed, so that a retry gives the same images."""
 
@@ -124,14 +104,6 @@ class Made:
     """As the model gave it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A file to send."""
-
-    b64_json: str
-    size: str
-
-
 class EditService:
     """Answers edit requests: admitted, in fair turn, in time."""
 
@@ -142,8 +114,10 @@ class EditService:
         meters: Meters,
         keys: IdempotencyKeys,
         trials: Trials,
+        image_urls: Destinations,
         feedback: Feedback,
     ) -> None:
+        self._image_urls = image_urls
         self.backend = backend
         self.limits = limits
         self.meters = meters
@@ -245,7 +219,7 @@ class EditService:
 
     async def _read(self, visit: Visit, ticket: Ticket, request: Request, bodies: Bodies = EDIT_BODIES) -> Wanted:
         async with self.admission.reading(ticket):
-            read = await read_edit_request(request, self.limits, bodies)
+            read = await read_edit_request(request, self.limits, self._image_urls, bodies)
         visit.user = read.fields.user
         ticket.shorten(read.fields.timeout)
         visit.version = self.chosen(visit.caller, read.fields)
@@ -261,7 +235,7 @@ class EditService:
 
     async def _decoded(self, read: EditRequest) -> Wanted:
         async with self._decoding:
-            return await asyncio.to_thread(_decode, read, self.limits)
+            return await asyncio.to_thread(decode, read, self.limits)
 
     @asynccontextmanager
     async def _claimed(self, visit: Visit, wanted: Wanted, key: str | None) -> AsyncGenerator[Claim]:
@@ -287,8 +261,8 @@ class EditService:
         fields = wanted.request.fields
         # What a request costs does not depend on whom chance gave it to.
         steps = await self._steps(fields, table.default if self.trials.on_trial(claim.version) else claim.version)
-        self.admission.charge(visit.caller, sum(map(_area, wanted.sources)), steps, fields.n)
-        pieces = _pieces(fields, claim.seed, wanted.sources, wanted.mask, ticket.caller.allowance.priority)
+        self.admission.charge(visit.caller, sum(map(area, wanted.sources)), steps, fields.n)
+        pieces = pieces_of(fields, claim.seed, wanted.sources, wanted.mask, ticket.caller.allowance.priority)
         return Plan(visit=visit, ticket=ticket, claim=claim, fields=fields, pieces=pieces, steps=steps)
 
     async def _steps(self, fields: EditFields, version: str) -> int:
@@ -394,7 +368,7 @@ class EditService:
             limit: seconds that the edit itself may take.
         """
         begun = time.perf_counter()
-        cost = _area(piece.job.pixels) * plan.steps
+        cost = area(piece.job.pixels) * plan.steps
         on_partial = None if emit is None else _partial_taker(plan.fields, piece, emit)
         async with plan.ticket.in_time(), self.admission.place(plan.ticket, cost):
             waited = time.perf_counter() - begun
@@ -404,7 +378,7 @@ class EditService:
         outcome = replace(outcome, queue_seconds=outcome.queue_seconds + waited)
         self.meters.queue.observe(outcome.queue_seconds)
         self.meters.step.observe(outcome.edit_seconds / outcome.steps)
-        picture = await asyncio.to_thread(_picture, outcome.pixels, piece, plan.fields)
+        picture = await asyncio.to_thread(picture_of, outcome.pixels, piece, plan.fields)
         event = CompletedEvent(
             b64_json=picture.b64_json,
             created_at=int(time.time()),
@@ -474,57 +448,9 @@ class EditService:
             self._probed = time.monotonic()
 
 
-def _area(pixels: Pixels) -> int:
-    return pixels.shape[0] * pixels.shape[1]
-
-
-def _decode(wanted: EditRequest, limits: Limits) -> Wanted:
-    """Read the sources, which together may have as many pixels as one alone, and the mask."""
-    if len(wanted.images) * wanted.fields.n > limits.images:
-        message = (
-            f"n is {wanted.fields.n}, of {len(wanted.images)} images; {limits.images} edits a request are allowed."
-        )
-        raise ApiError(400, "invalid_value", message, "n")
-    sources: list[Pixels] = []
-    left = limits.pixels
-    for upload in wanted.images:
-        sources.append(decode_upload(upload.data, limits, upload.name))
-        left -= _area(sources[-1])
-        if left < 0:
-            message = f"The images have together more than the {limits.pixels} pixels allowed; send fewer at a time."
-            raise ApiError(413, "image_too_large", message, upload.name)
-    mask = None if wanted.mask is None else decode_mask(wanted.mask.data, limits, sources[0], wanted.mask.name)
-    return Wanted(request=wanted, sources=sources, mask=mask, fingerprint=fingerprint(wanted))
-
-
-def _pieces(fields: EditFields, seed: int, sources: list[Pixels], mask: Mask | None, priority: int) -> list[Piece]:
-    """The edits in the order of the answer: image by image, of each seed by seed. The mask is the first image's."""
-    return [
-        Piece(
-            index=at * fields.n + number,
-            job=EditJob(
-                prompt=fields.prompt,
-                pixels=pixels,
-                seed=(seed + number) % SEED_LIMIT,
-                num_inference_steps=fields.num_inference_steps,
-                guidance_scale=fields.guidance_scale,
-                image_guidance_scale=fields.image_guidance_scale,
-                negative_prompt=fields.negative_prompt,
-                image_branch_scale=fields.image_branch_scale,
-                scheduler=fields.scheduler,
-                priority=priority,
-                partials=fields.partial_images,
-            ),
-            mask=mask if at == 0 else None,
-        )
-        for at, pixels in enumerate(sources)
-        for number in range(fields.n)
-    ]
-
-
 def _partial_taker(fields: EditFields, piece: Piece, emit: Emit[StreamEvent]) -> PartialTaker:
     async def take(index: int, pixels: Pixels) -> None:
-        picture = await asyncio.to_thread(_picture, pixels, piece, fields)
+        picture = await asyncio.to_thread(picture_of, pixels, piece, fields)
         event = PartialImageEvent(
             b64_json=picture.b64_json,
             created_at=int(time.time()),
@@ -536,10 +462,3 @@ def _partial_taker(fields: EditFields, piece: Piece, emit: Emit[StreamEvent]) ->
         await emit(event)
 
     return take
-
-
-def _picture(pixels: Pixels, piece: Piece, fields: EditFields) -> Picture:
-    finished = finish_image(pixels, piece.job.pixels, piece.mask, fields.output_size)
-    data = encode_image(finished, fields.output_format, fields.file_quality)
-    height, width = finished.shape[:2]
-    return Picture(base64.b64encode(data).decode("ascii"), f"{width}x{height}")

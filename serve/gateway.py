@@ -33,7 +33,7 @@ from insightedit.serve.idempotency import KEY_PARAMETER
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import CONTENT_TYPE, Meters
 from insightedit.serve.schema import SEED_LIMIT, ApiError, ErrorResponse
-from insightedit.serve.settings import FeedbackSettings, Limits, RolloutSettings
+from insightedit.serve.settings import Destinations, FeedbackSettings, Limits, RolloutSettings
 from insightedit.serve.shared import Shared
 from insightedit.serve.trials import Trials
 from insightedit.serve.uploads import encode_image
@@ -209,6 +209,7 @@ def build_app(
     access: Access | None = None,
     shared: Shared | None = None,
     trials: Trials | None = None,
+    image_urls: Destinations | None = None,
     feedback: Feedback | None = None,
 ) -> FastAPI:
     """The whole HTTP interface over some backend.
@@ -221,12 +222,14 @@ def build_app(
         access: who may come in; anybody without it.
         shared: what it has in common with other gateways; nothing without it.
         trials: its part of rollouts; without it, the backend's table stays.
+        image_urls: where images may be fetched from; nowhere without it.
         feedback: what is kept of users' verdicts; nothing without it.
     """
     shared = shared or Shared.in_this_process(limits)
     followed = trials or Trials(backend, RolloutSettings(), shared.store, None, meters)
     kept = feedback or Feedback(FeedbackSettings(), shared.store, Path())
-    service = EditService(backend, limits, meters, shared.keys, followed, kept)
+    urls = image_urls or Destinations()
+    service = EditService(backend, limits, meters, shared.keys, followed, urls, kept)
     jobs = JobService(service, shared.book, shared.webhooks, access or Access(None))
 
     @asynccontextmanager

@@ -197,6 +197,7 @@ class Gateway:
         own = ServeSettings.model_validate(settings)
         self._limits = own.limits
         self._access = Access.of(own)
+        self._image_urls = own.image_urls
         self._meters = Meters()
         self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits, self._meters)
         store = open_store(own.state.url, Workdir.open().root / "state.db", own.state.bytes)
@@ -211,7 +212,15 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve puts behind the route."""
         app = build_app(
-            self._backend, self._limits, self._meters, False, self._access, self._shared, self._trials, self._feedback
+            self._backend,
+            self._limits,
+            self._meters,
+            False,
+            self._access,
+            self._shared,
+            self._trials,
+            self._image_urls,
+            self._feedback,
         )
         app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
         return app

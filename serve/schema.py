@@ -142,8 +142,9 @@ class ImageRef(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    image_url: Annotated[str, Field(json_schema_extra={"format": "uri", "pattern": "^data:"})]
-    """A `data:` URL in base64, as in `data:image/png;base64,iVBORw0...`. The type in it plays no part."""
+    image_url: Annotated[str, Field(json_schema_extra={"format": "uri"})]
+    """A `data:` URL in base64, as in `data:image/png;base64,iVBORw0...`, the type in which plays no part; or the
+    address of an image, where the server's config allows it."""
 
 
 class EditBody(EditFields):

@@ -246,6 +246,8 @@ class ServeSettings(_Settings):
     editor: Scaling = Scaling(max_ongoing=16)
     engine: EngineSettings = EngineSettings()
     state: StateSettings = StateSettings()
+    image_urls: Destinations = Destinations()
+    """Where images may lie that a JSON body names by their addresses instead of holding them."""
     webhooks: Destinations = Destinations()
     """Where jobs may have their ends told."""
     rollout: RolloutSettings = RolloutSettings()

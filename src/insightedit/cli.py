@@ -434,7 +434,7 @@ def models_show(version: str, as_json: bool) -> None:
 @dry_run_option
 @json_option
 def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Judge a model version, the champion unless given, or a pipeline folder on scenes that no training has seen."""
+    """Judge a model version, the champion unless given, or a pipeline folder, on scenes that no training has seen."""
     from insightedit.platform.config import load_preset
     from insightedit.platform.registry import Registry
 
@@ -444,7 +444,9 @@ def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool,
     named = str(judged) if isinstance(judged, Path) else f"version {judged.version}"
     if dry_run:
         plan = {"model": named, "evaluation": run_config.evaluation}
-        emit(plan, as_json, lambda: [f"Would judge {named} on {run_config.evaluation.scenes} scenes."])
+        asked = run_config.evaluation
+        scenes = "all" if asked.scenes is None else str(asked.scenes)
+        emit(plan, as_json, lambda: [f"Would judge {named} on {scenes} scenes of {asked.benchmark.reader}."])
         return
     from insightedit.display import Display
     from insightedit.jobs.evaluate import evaluate as run_evaluation
@@ -462,7 +464,7 @@ def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool,
 
 
 def _show_evaluation(named: str, evaluation: Evaluation, report: Path) -> Iterable[str]:
-    groups = {"all": evaluation.overall, "simple": evaluation.simple, "advanced": evaluation.advanced}
+    groups = {"all": evaluation.overall, **evaluation.wordings()}
     groups |= {f"task {name}": figures for name, figures in evaluation.by_task.items()}
     groups |= {"source unchanged": evaluation.copy_baseline, "instructions shuffled": evaluation.shuffled}
     failed = f", {evaluation.overall.failed} edits not judged" if evaluation.overall.failed else ""
