@@ -36,6 +36,7 @@ from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.client import edit_over_http, served_url
 from insightedit.serve.deployment import ServeStatus, down, status, up
+from insightedit.serve.follower import FROM_TAG, STATE_TAG, UNDER_WAY
 from insightedit.serve.settings import ServeSettings, read_settings
 
 pytestmark = pytest.mark.timeout(300)
@@ -247,6 +248,14 @@ def test_second_servers_are_refused(served: Served, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"Port {taken}"):
         up(other, port=taken)
     assert up(other, port=0, dry_run=True).state == "planned"
+    # A version that had only its share when its server went down has no more when the next one starts.
+    registry, folder = Registry(other), Registry(other).fetch("1")
+    newer = register(other, folder, tmp_path).version
+    registry.promote(newer)
+    assert up(other, port=0, dry_run=True).model_version == newer
+    registry.set_tags(newer, {STATE_TAG: UNDER_WAY, FROM_TAG: "1"})
+    assert up(other, port=0, dry_run=True).model_version == "1"
+    assert up(other, newer, port=0, dry_run=True).model_version == newer
     assert status(other).state == "down"
     with pytest.raises(ClusterError, match="serve up"):
         served_url(other)
