@@ -264,12 +264,42 @@ class EvaluationConfig(_Settings):
 
 
 class PromotionConfig(_Settings):
-    """When a challenger becomes champion."""
+    """When a challenger becomes champion: the bounds of the gates."""
 
     min_viescore: Share = 0.5
-    """What the first champion must reach. An editor that copies its source scores 0.5."""
+    """What a champion's VIEScore must be above. An editor that copies its source scores 0.5."""
+    minimum: dict[str, float] = {}
+    """What the mean of other scores must be above: `instruction_adherence: 2.5`, or a metric whose higher values are
+    better."""
+    compare: Literal["better", "not-worse"] = "better"
+    """Whether a version must be better than the champion, or not worse by `margin` (non-inferiority)."""
     margin: Annotated[float, Field(ge=0)] = 0.0
-    """By how much a challenger's VIEScore must exceed the champion's."""
+    """By how much the VIEScore must be above the champion's; with `not-worse`, by how much it may be below."""
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Of the one-sided paired test: the chance that a version which is no better passes."""
+    task_level: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """The chance that an equal version is refused because noise makes any of its tasks look fallen."""
+    task_margin: Share = 0.0
+    """A task's VIEScore may be lower by this; with `not-worse`, by `margin` at least."""
+    max_unjudged: Share = 0.02
+    """Share of cases that may lack a score for one of the two."""
+    max_latency_ratio: Annotated[float, Field(ge=0)] = 1.5
+    """How many times as long as the champion's an edit may take; with 0 it is not measured."""
+
+    @model_validator(mode="after")
+    def _margin_makes_sense(self) -> PromotionConfig:
+        if self.compare == "not-worse" and not self.margin:
+            raise ValueError("margin must be above 0 with compare: not-worse")
+        return self
+
+    @property
+    def task_fall(self) -> float:
+        """By how much a task's VIEScore may be lower."""
+        return max(self.task_margin, self.margin if self.compare == "not-worse" else 0.0)
+
+    def minimum_scores(self) -> dict[str, float]:
+        """All minimum scores by name."""
+        return {"viescore": self.min_viescore, **self.minimum}
 
 
 class TolerationConfig(_Settings):

@@ -28,8 +28,6 @@ from insightedit.serve.state import ServePlan, ServeState, clear_state, read_sta
 
 DEFAULT_PORT = 8000
 _LOG_LINES = 12
-_STOP_SECONDS = 180.0
-"""Time for a server to finish what it has in hand: longer than an edit may take."""
 
 
 class ServeStatus(BaseModel):
@@ -129,16 +127,16 @@ def down(workdir: Workdir) -> ServeStatus:
     if state is None or process is None:
         clear_state(workdir)
         return ServeStatus(state="down")
-    _stop(process)
+    _stop(process, state.stop_seconds)
     clear_state(workdir)
     return _status(state, ready=False).model_copy(update={"state": "down", "pid": None})
 
 
-def _stop(process: psutil.Process) -> None:
+def _stop(process: psutil.Process, seconds: float) -> None:
     children = process.children(recursive=True)
     process.terminate()
     try:
-        process.wait(timeout=_STOP_SECONDS)
+        process.wait(timeout=seconds)
     except psutil.TimeoutExpired:
         process.kill()
     # Ray's processes follow their head; whichever did not is ended here.
@@ -193,10 +191,10 @@ def _start(workdir: Workdir, plan: ServePlan) -> ServeStatus:
                 return _status(state, ready=True)
             time.sleep(0.2)
     except BaseException:
-        _stop(psutil.Process(server.pid))
+        _stop(psutil.Process(server.pid), plan.settings.stop_seconds)
         raise
     if server.poll() is None:
-        _stop(psutil.Process(server.pid))
+        _stop(psutil.Process(server.pid), plan.settings.stop_seconds)
         reason = f"did not answer within {plan.settings.startup_seconds:g} seconds"
     else:
         reason = f"ended with status {server.returncode}"

@@ -254,6 +254,16 @@ class ServeSettings(_Settings):
     feedback: FeedbackSettings = FeedbackSettings()
 
     @property
+    def grace_seconds(self) -> float:
+        """How long a replica that is taken away may finish what it has begun: longer than the longest edit."""
+        return self.limits.edit_seconds + 10
+
+    @property
+    def stop_seconds(self) -> float:
+        """How long the whole server may take to stop: its gateways first, then what is behind them, then Ray."""
+        return self.grace_seconds + 90
+
+    @property
     def sleeps(self) -> bool:
         """Whether a version's replicas may all be gone until the next request."""
         return 0 in (self.conditioner.min_replicas, self.editor.min_replicas)

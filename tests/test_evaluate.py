@@ -18,6 +18,7 @@ from stand_in_endpoint import Asked, Reaction, Say, StandIn, Status, in_turn
 from tiny_models import build_sources, tiny_config
 
 from insightedit.jobs.evaluate import CONTROL_SCENES, Progress, editor_pool, evaluate, evaluate_quickly
+from insightedit.jobs.latency import measure_latency
 from insightedit.model.insightedit import build_pipeline
 from insightedit.platform.chat.config import EndpointConfig
 from insightedit.platform.config import DatasetConfig, EvaluationConfig, RunConfig, load_preset
@@ -204,6 +205,11 @@ def test_real_pipelines_on_ray(config: RunConfig, tmp_path: Path) -> None:
         assert np.array_equal(edits, pool.edit(folder, cases))
         with pytest.raises(InsightEditError, match=r"The edits of .*nowhere failed"):
             pool.edit(tmp_path / "nowhere", cases)
+        seconds = measure_latency([folder, folder], quick, rounds=1)
+        with pytest.raises(InsightEditError, match=r"An edit of .*nowhere failed"):
+            measure_latency([folder, tmp_path / "nowhere"], quick, edits=1, rounds=1)
+    assert len(seconds) == 2
+    assert max(seconds) / min(seconds) < 3, "the same pipeline, measured in turn"
     assert told == [(3, 8), (6, 8), (8, 8)]
     assert first == figures(judge(cases, edits))
     assert first.viescore < 0.6

@@ -34,7 +34,7 @@ from insightedit.model.pipeline import load_pipeline
 from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
 from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import Workdir
-from insightedit.serve.client import edit_over_http, served_url
+from insightedit.serve.client import Patience, edit_over_http, served_url
 from insightedit.serve.deployment import ServeStatus, down, status, up
 from insightedit.serve.follower import FROM_TAG, STATE_TAG, UNDER_WAY
 from insightedit.serve.settings import ServeSettings, read_settings
@@ -343,9 +343,25 @@ def test_a_server_that_does_not_come_up_shows_its_log(served: Served, tmp_path: 
     assert status(other).state == "down"
 
 
-def test_down_leaves_nothing(served: Served) -> None:
+def test_down_finishes_what_is_in_hand_and_leaves_nothing(served: Served) -> None:
     processes = psutil.Process(served.status.pid).children(recursive=True)
+    undisturbed = edit(served, picture(), num_inference_steps=200)
+    answers: list[tuple[bytes, ...]] = []
+
+    def ask() -> None:
+        url, once = served_url(served.workdir), Patience(retries=0)
+        answers.append(
+            edit_over_http(url, png(picture()), PROMPT, patience=once, seed=7, n=8, num_inference_steps=200).images
+        )
+
+    worker = threading.Thread(target=ask)
+    worker.start()
+    while "insightedit_edit_in_flight 1.0" not in httpx.get(f"{served_url(served.workdir)}/metrics").text:
+        time.sleep(0.05)
     assert down(served.workdir).state == "down"
+    worker.join()
+    ((first, *others),) = answers
+    assert (first, len(others)) == (undisturbed, 7)
     assert not [process for process in processes if process.is_running()]
     assert status(served.workdir).state == "down"
     with pytest.raises(httpx.ConnectError):
