@@ -40,6 +40,7 @@ from insightedit.platform.evaluation import (
 from insightedit.platform.evaluation_runs import keep_evaluation
 from insightedit.platform.judges.choosing import build_judge
 from insightedit.platform.metrics import Meter
+from insightedit.platform.model_cards import keep_card
 from insightedit.platform.registry import ModelVersion, Registry
 from insightedit.platform.workdir import Workdir
 
@@ -197,7 +198,9 @@ def evaluate(
     parent = model.run_id if isinstance(model, ModelVersion) else parent_run
     kept = keep_evaluation(registry, workdir, model, evaluation, judged, parent)
     if isinstance(model, ModelVersion):
-        registry.set_tags(model.version, {**evaluation.tags(), "evaluation.run": kept.run_id})
+        judged_on = {"evaluation.run": kept.run_id, "evaluation.benchmark": config.evaluation.benchmark.reader}
+        registry.set_tags(model.version, {**evaluation.tags(), **judged_on})
+        keep_card(registry, registry.resolve(model.version))
     return EvaluationResult(evaluation=evaluation, run_id=kept.run_id, report=kept.report, judged=judged)
 
 

@@ -25,6 +25,7 @@ from insightedit.serve.follower import FROM_TAG, STATE_TAG, UNDER_WAY
 from insightedit.serve.ingress import check_haproxy, haproxy_variables
 from insightedit.serve.settings import ServeSettings
 from insightedit.serve.state import ServePlan, ServeState, clear_state, read_state
+from insightedit.serve.traces import check_traces
 
 DEFAULT_PORT = 8000
 _LOG_LINES = 12
@@ -79,6 +80,7 @@ def up(
     check_access(workdir, settings)
     if settings.haproxy:
         check_haproxy()
+    check_traces(settings.traces)
     registry = Registry(workdir)
     version = registry.resolve(reference)
     # Who asks for a version by its number gets that one.

@@ -42,6 +42,17 @@ CLIENT_LEFT = 499
 """What a request counts as whose client left before its answer; nobody is answered so."""
 
 
+@dataclass(frozen=True, slots=True)
+class ImageTimes:
+    """What one image took, in seconds."""
+
+    begun: float
+    """By `time.perf_counter`."""
+    queue: float
+    condition: float
+    edit: float
+
+
 @dataclass(slots=True)
 class Visit:
     """A request while the gateway has it."""
@@ -58,11 +69,14 @@ class Visit:
     user: str | None = None
     """Whom the caller asks for."""
     started: float = field(default_factory=time.perf_counter)
+    images: list[ImageTimes] = field(default_factory=list[ImageTimes])
+    """Those that were made for it."""
 
     @classmethod
     def of(cls, request: Request) -> Visit:
-        """A request that has just come."""
-        return cls(caller_of(request), request.state.request_id)
+        """A request that has just come, whose state then has it."""
+        request.state.visit = cls(caller_of(request), request.state.request_id)
+        return request.state.visit
 
     @property
     def seconds(self) -> float:
@@ -376,6 +390,8 @@ class EditService:
                 outcome = await self.backend.edit(plan.version, piece.job, on_partial)
         plan.took.append(time.perf_counter() - begun - waited)
         outcome = replace(outcome, queue_seconds=outcome.queue_seconds + waited)
+        times = ImageTimes(begun, outcome.queue_seconds, outcome.condition_seconds, outcome.edit_seconds)
+        plan.visit.images.append(times)
         self.meters.queue.observe(outcome.queue_seconds)
         self.meters.step.observe(outcome.edit_seconds / outcome.steps)
         picture = await asyncio.to_thread(picture_of, outcome.pixels, piece, plan.fields)

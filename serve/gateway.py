@@ -35,6 +35,7 @@ from insightedit.serve.meters import CONTENT_TYPE, Meters
 from insightedit.serve.schema import SEED_LIMIT, ApiError, ErrorResponse
 from insightedit.serve.settings import Destinations, FeedbackSettings, Limits, RolloutSettings
 from insightedit.serve.shared import Shared
+from insightedit.serve.traces import TraceLayer, Traces
 from insightedit.serve.trials import Trials
 from insightedit.serve.uploads import encode_image
 
@@ -210,6 +211,7 @@ def build_app(
     shared: Shared | None = None,
     trials: Trials | None = None,
     image_urls: Destinations | None = None,
+    traces: Traces | None = None,
     feedback: Feedback | None = None,
 ) -> FastAPI:
     """The whole HTTP interface over some backend.
@@ -223,6 +225,7 @@ def build_app(
         shared: what it has in common with other gateways; nothing without it.
         trials: its part of rollouts; without it, the backend's table stays.
         image_urls: where images may be fetched from; nowhere without it.
+        traces: where edits are traced; nowhere without it.
         feedback: what is kept of users' verdicts; nothing without it.
     """
     shared = shared or Shared.in_this_process(limits)
@@ -242,6 +245,8 @@ def build_app(
     if access is not None:
         app.add_middleware(Door, access=access, meters=meters)
     app.add_middleware(OuterLayer, sets_request_id=sets_request_id)
+    if traces is not None:
+        app.add_middleware(TraceLayer, traces=traces)
     _add_error_handlers(app)
     _add_health(app, service)
     _add_edits(app, service)

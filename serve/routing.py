@@ -36,6 +36,7 @@ from insightedit.serve.schema import ApiError, overloaded
 from insightedit.serve.settings import Limits, ServeSettings
 from insightedit.serve.shared import Shared
 from insightedit.serve.state_store import open_store
+from insightedit.serve.traces import Traces
 from insightedit.serve.trials import Trials
 
 logger = logging.getLogger(LOGGER)
@@ -204,6 +205,7 @@ class Gateway:
         self._shared = Shared.of(store, own.state, own.limits, own.webhooks)
         self._feedback = Feedback(own.feedback, store, Workdir.open().root / FOLDER)
         self._trials = Trials(self._backend, own.rollout, store, channel, self._meters)
+        self._traces = Traces(own.traces) if own.traces.url else None
 
     def reconfigure(self, table: dict[str, Any]) -> None:
         """Take another version table, as plain data."""
@@ -215,12 +217,13 @@ class Gateway:
             self._backend,
             self._limits,
             self._meters,
-            False,
-            self._access,
-            self._shared,
-            self._trials,
-            self._image_urls,
-            self._feedback,
+            sets_request_id=False,
+            access=self._access,
+            shared=self._shared,
+            trials=self._trials,
+            image_urls=self._image_urls,
+            traces=self._traces,
+            feedback=self._feedback,
         )
         app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
         return app

@@ -223,6 +223,15 @@ class FeedbackSettings(_Settings):
     """How long an edit waits for a verdict."""
 
 
+class TraceSettings(_Settings):
+    """Where traces of edits go."""
+
+    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    """Of an OpenTelemetry collector, as in `http://127.0.0.1:4318/v1/traces`; without it there are none."""
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Of the requests that are traced. A caller's own `traceparent` decides for its request."""
+
+
 class ServeSettings(_Settings):
     """Everything `insightedit serve up` can be told beside the model version and the port."""
 
@@ -252,6 +261,7 @@ class ServeSettings(_Settings):
     """Where jobs may have their ends told."""
     rollout: RolloutSettings = RolloutSettings()
     feedback: FeedbackSettings = FeedbackSettings()
+    traces: TraceSettings = TraceSettings()
 
     @property
     def grace_seconds(self) -> float:

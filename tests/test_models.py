@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from empty_registry import make_workdir
+from huggingface_hub import ModelCard
 from judged_versions import empty_pipeline, even_table, keep_evaluation
 from PIL import Image
 from tiny_models import build_sources, tiny_config
@@ -21,7 +22,7 @@ from insightedit.model.pipeline import InsightEditPipeline, load_pipeline
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.exchange import examine, export_version, how_to_load, import_folder
 from insightedit.platform.lineage import difference, lineage
-from insightedit.platform.manifests import MANIFEST_NAME
+from insightedit.platform.manifests import MANIFEST_NAME, verify_manifest
 from insightedit.platform.registry import ModelVersion, Registry
 from insightedit.platform.retention import prune
 from insightedit.platform.tracking import ensure_experiment
@@ -98,7 +99,11 @@ def test_our_own_folder_goes_round(workdir: Workdir, tmp_path: Path) -> None:
     made = import_folder(workdir, tmp_path / "ours")
     out = export_version(Registry(workdir), made.version, tmp_path / "out")
     assert "insightedit.model.pipeline import InsightEditPipeline" in how_to_load(made.version, out)
+    verify_manifest(out)
+    card = ModelCard((out / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=False)
+    assert (card.data.to_dict()["library_name"], card.data.to_dict()["license"]) == ("diffusers", "unknown")
     again = import_folder(workdir, out)
+    assert again.contents.left_out == ("README.md",)
     assert again.version.tags["manifest"] == made.version.tags["manifest"]
     assert made.contents.left_out == ()
     pipeline = InsightEditPipeline.from_pretrained(str(out))
