@@ -24,7 +24,7 @@ from insightedit.platform.exchange import examine, export_version, how_to_load, 
 from insightedit.platform.lineage import difference, lineage
 from insightedit.platform.manifests import MANIFEST_NAME, verify_manifest
 from insightedit.platform.registry import ModelVersion, Registry
-from insightedit.platform.retention import prune
+from insightedit.platform.retention import hold, prune, release
 from insightedit.platform.tracking import ensure_experiment
 from insightedit.platform.workdir import Workdir
 
@@ -224,7 +224,13 @@ def test_nothing_that_is_needed_is_deleted(workdir: Workdir, add: Callable[..., 
     for number in ("1", "2", "3", "5"):
         registry.promote(number)
     registry.rollback()  # 3 is the champion, 2 before it, 1 before that; 5 was rolled back
-    registry.set_tags("6", {"hold.paper": "its figures are in print"})
+    hold(registry, "6", "paper", "its figures are in print")
+    hold(registry, "8", "cluster", "")
+    release(registry, registry.resolve("8"), "cluster")
+    with pytest.raises(NotFoundError, match="cluster holds no version 8"):
+        release(registry, registry.resolve("8"), "cluster")
+    with pytest.raises(UsageError, match="'a b' cannot hold"):
+        hold(registry, "8", "a b", "")
     planned = prune(registry, {"7"}, keep=0, line=1, dry_run=True)
     assert all(version.folder.is_dir() for version in versions.values())
     done = prune(registry, {"7"}, keep=0, line=1)

@@ -30,7 +30,7 @@ from insightedit.jobs.train import TrainingResult, Watchers, export_untrained, t
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import RunConfig
 from insightedit.platform.errors import GateRefusedError, InsightEditError, UsageError
-from insightedit.platform.evaluation import EditCase, Figures
+from insightedit.platform.evaluation import EditCase, Figures, least_scenes
 from insightedit.platform.evaluation_runs import SHEET_ROWS
 from insightedit.platform.model_cards import keep_card
 from insightedit.platform.records import encode_png
@@ -224,6 +224,7 @@ def _promote(config: RunConfig, workdir: Workdir, version: ModelVersion, display
             config.promotion,
             lambda one: evaluate(one, config, workdir),
             lambda folders: measure_latency(folders, config),
+            scenes=least_scenes(config.evaluation),
         )
     except GateRefusedError as refusal:
         if Registry(workdir).find(CHAMPION) is None:
