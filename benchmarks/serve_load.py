@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -248,10 +249,13 @@ def wait_for(name: str, send: Send, process: subprocess.Popen[bytes]) -> None:
             try:
                 send(client, 0)
                 return
-            except httpx.HTTPError as error:
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
+                    raise SystemExit(f"{name} refuses an edit: {error.response.text[:500]}") from error
+            except httpx.TransportError as error:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"{name} does not answer: {error}") from error
-                time.sleep(1)
+            time.sleep(1)
 
 
 # -- the loads --------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class Api(litserve.LitAPI):
         """Load the weights."""
         self.edits = Edit()
 
-    def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
+    def decode_request(self, request):  # LitServe takes an annotated argument for a query
         """What an edit is made of."""
         return request["request"]
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from insightedit.platform.config import PromotionConfig
-from insightedit.platform.errors import GateRefusedError
+from insightedit.platform.errors import GateRefusedError, InsightEditError, UsageError
+from insightedit.platform.gates import Verdict, decide, latency_gate
+from insightedit.platform.manifests import check_classes
 from insightedit.platform.registry import CHAMPION, PREVIOUS, ModelVersion, Registry
+from insightedit.platform.results import CaseResult, load_results
 from insightedit.platform.workdir import Workdir
 
 Evaluate = Callable[[ModelVersion], object]
-"""Judges a version and leaves the figures in its tags, as `insightedit.jobs.evaluate.evaluate` does."""
+"""Judges a version and leaves figures and run in its tags, as `insightedit.jobs.evaluate.evaluate` does."""
+Measure = Callable[[Sequence[Path]], Sequence[float]]
+"""Seconds of an edit with each of some pipeline folders, as `insightedit.jobs.latency.measure_latency` finds them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,13 +25,18 @@ class Evidence:
     """The figures that a promotion rests on."""
 
     viescore: float
-    threshold: float
-    """What the version's VIEScore must exceed."""
     champion_viescore: float | None
-    """None where there was no champion: then an editor that copies its source is what must be beaten."""
+    """None where there was no champion: then only minimum scores are asked for."""
     cases: str
     """sha256 of the cases on which both were judged."""
     evaluation_run: str
+    champion_evaluation_run: str | None
+    gates: tuple[Verdict, ...]
+
+    @property
+    def refusals(self) -> list[Verdict]:
+        """The gates that refused."""
+        return [verdict for verdict in self.gates if not verdict.passed]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +50,26 @@ class Promotion:
     evidence: Evidence | None
     """None for a rollback, and where the version was the champion already."""
     dry_run: bool
+    forced: bool = False
+    """A gate had refused it."""
+    entry: int | None = None
+    """Its number in the audit log; None where nothing was moved."""
+    told: tuple[str, ...] = ()
+    """Aliases that somebody had moved without the audit log; they are put right."""
 
 
 def promote(
-    workdir: Workdir, reference: str, config: PromotionConfig, evaluate: Evaluate, *, dry_run: bool = False
+    workdir: Workdir,
+    reference: str,
+    config: PromotionConfig,
+    evaluate: Evaluate,
+    measure: Measure,
+    *,
+    reason: str = "",
+    force: bool = False,
+    dry_run: bool = False,
 ) -> Promotion:
-    """Make a version the champion if it is better.
+    """Make a version the champion if all gates let it.
 
     Both versions must have been judged on the same cases and seeds; if they were not, they are judged now.
     Promoting the champion again changes nothing.
@@ -52,30 +77,48 @@ def promote(
     Args:
         workdir: where the registry is.
         reference: the version, for example `3` or `challenger`.
-        config: the gate.
-        evaluate: judges a version and leaves the figures in its tags.
+        config: the gates.
+        evaluate: judges a version and leaves figures and run in its tags.
+        measure: how long an edit takes; asked only if everything else speaks for the version.
+        reason: written down with it.
+        force: make it champion even if a gate refuses, for that reason. A damaged version never becomes champion.
         dry_run: decide, and move nothing.
 
     Raises:
+        UsageError: it is to be forced, and no reason is given.
         NotFoundError: there is no such version.
-        GateRefusedError: it is not better.
-        InsightEditError: the version's folder is damaged.
+        GateRefusedError: a gate refused.
+        ConflictError: another change came first.
+        InsightEditError: the version's folder is damaged, or names code that is not ours.
     """
+    if force and not reason:
+        raise UsageError("A forced promotion needs a reason: say why a version goes live that a gate refuses.")
     registry = Registry(workdir)
     version = registry.resolve(reference)
-    registry.fetch(version)
+    check_classes(registry.fetch(version))
     # What is decided here rests on the champion of this moment; if another one comes first, this is told.
-    last = registry.audit.last()
+    last, told = registry.audit.last(), tuple(registry.audit.astray())
     version, champion = _judge_alike(registry, version, evaluate)
-    if champion is not None and champion.version == version.version:
-        return Promotion(champion=version.version, before=version.version, evidence=None, dry_run=dry_run)
-    evidence = _evidence(version, champion, config)
-    if evidence.viescore <= evidence.threshold:
-        raise GateRefusedError(_refusal(version, champion, evidence, config))
-    if not dry_run:
-        registry.promote(version.version, asdict(evidence), expected=last)
     before = champion.version if champion else None
-    return Promotion(champion=version.version, before=before, evidence=evidence, dry_run=dry_run)
+    if before == version.version:
+        if not dry_run:
+            registry.audit.reconcile()
+        return Promotion(champion=version.version, before=before, evidence=None, dry_run=dry_run, told=told)
+    evidence = _evidence(registry, version, champion, config, measure)
+    if evidence.refusals and not force:
+        raise GateRefusedError(_refusal(version, champion, evidence), asdict(evidence))
+    done = Promotion(
+        champion=version.version,
+        before=before,
+        evidence=evidence,
+        dry_run=dry_run,
+        forced=bool(evidence.refusals),
+        told=told,
+    )
+    if dry_run:
+        return done
+    entry = registry.promote(version.version, asdict(evidence), reason=reason, forced=done.forced, expected=last)
+    return replace(done, entry=entry.number)
 
 
 def rollback(workdir: Workdir, reason: str = "", *, dry_run: bool = False) -> Promotion:
@@ -88,49 +131,68 @@ def rollback(workdir: Workdir, reason: str = "", *, dry_run: bool = False) -> Pr
 
     Raises:
         NotFoundError: there is no champion, or none before it.
+        ConflictError: another change came first.
         InsightEditError: the previous version's folder is damaged.
     """
     registry = Registry(workdir)
-    last = registry.audit.last()
+    last, told = registry.audit.last(), tuple(registry.audit.astray())
     champion, target = registry.resolve(CHAMPION), registry.resolve(PREVIOUS)
     registry.fetch(target)
-    if not dry_run:
-        registry.rollback(reason=reason, expected=last)
-    return Promotion(champion=target.version, before=champion.version, evidence=None, dry_run=dry_run)
+    done = Promotion(champion=target.version, before=champion.version, evidence=None, dry_run=dry_run, told=told)
+    if dry_run:
+        return done
+    return replace(done, entry=registry.rollback(reason=reason, expected=last).number)
 
 
 def _judge_alike(
     registry: Registry, version: ModelVersion, evaluate: Evaluate
 ) -> tuple[ModelVersion, ModelVersion | None]:
-    """The version and the champion, as they are once both have figures on the same cases."""
+    """The version and the champion, as they are once both have results on the same cases."""
     version, champion = registry.resolve(version.version), registry.find(CHAMPION)
     contenders = [version] if champion is None else [version, champion]
     cases = {one.tags.get("evaluation.cases") for one in contenders}
-    if None in cases or len(cases) > 1:
-        for one in contenders:
-            evaluate(one)
-        return registry.resolve(version.version), registry.find(CHAMPION)
-    return version, champion
+    if None not in cases and len(cases) == 1 and all(_results(registry, one) is not None for one in contenders):
+        return version, champion
+    for one in contenders:
+        evaluate(one)
+    return registry.resolve(version.version), registry.find(CHAMPION)
 
 
-def _evidence(version: ModelVersion, champion: ModelVersion | None, config: PromotionConfig) -> Evidence:
-    champion_viescore = float(champion.tags["viescore"]) if champion else None
-    threshold = config.min_viescore if champion_viescore is None else champion_viescore + config.margin
+def _results(registry: Registry, version: ModelVersion) -> list[CaseResult] | None:
+    run = version.tags.get("evaluation.run")
+    return load_results(registry.client, run) if run else None
+
+
+def _evidence(
+    registry: Registry, version: ModelVersion, champion: ModelVersion | None, config: PromotionConfig, measure: Measure
+) -> Evidence:
+    own = _results(registry, version)
+    its = None if champion is None else _results(registry, champion)
+    if own is None or (champion is not None and its is None):
+        raise InsightEditError("The evaluation has left no results.parquet with its run: evaluate the version again.")
+    verdicts = decide(own, its, config)
+    most = config.max_latency_ratio
+    if champion is not None and most and all(verdict.passed for verdict in verdicts):
+        seconds = measure([registry.fetch(one) for one in (version, champion)])
+        verdicts.append(latency_gate(seconds[0], seconds[1], most))
     return Evidence(
         viescore=float(version.tags["viescore"]),
-        threshold=max(threshold, config.min_viescore),
-        champion_viescore=champion_viescore,
+        champion_viescore=float(champion.tags["viescore"]) if champion else None,
         cases=version.tags["evaluation.cases"],
-        evaluation_run=version.tags.get("evaluation.run", ""),
+        evaluation_run=version.tags["evaluation.run"],
+        champion_evaluation_run=champion.tags["evaluation.run"] if champion else None,
+        gates=tuple(verdicts),
     )
 
 
-def _refusal(version: ModelVersion, champion: ModelVersion | None, evidence: Evidence, config: PromotionConfig) -> str:
-    scored = f"Version {version.version} is not promoted: its VIEScore is {evidence.viescore:.3f}"
-    if champion is None or evidence.champion_viescore is None or evidence.threshold == config.min_viescore:
-        return f"{scored}, and a champion needs more than {config.min_viescore:.3f}; train it further."
-    margin = f" by more than {config.margin:.3f}" if config.margin else ""
-    return (
-        f"{scored} and the champion's (version {champion.version}) {evidence.champion_viescore:.3f} on the same"
-        f" {version.tags.get('evaluation.scenes', '')} scenes, and it must be higher{margin}; train it further."
-    )
+def _refusal(version: ModelVersion, champion: ModelVersion | None, evidence: Evidence) -> str:
+    """One sentence: the version, and what each gate that refused has found."""
+    against = f" in place of version {champion.version}" if champion else ""
+    found = "; ".join(_found(verdict) for verdict in evidence.refusals)
+    way_out = "train it further, or use --force with a --reason"
+    return f"Version {version.version} is not promoted{against}: {found}; {way_out}."
+
+
+def _found(verdict: Verdict) -> str:
+    cases = f" (most by {', '.join(verdict.cases)})" if verdict.cases else ""
+    return f"[{verdict.gate}] {verdict.found}{cases}"

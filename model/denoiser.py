@@ -76,11 +76,15 @@ class Denoiser:
             shortcuts: what to leave out.
             compiled: run the UNet's blocks through torch.compile.
         """
-        self._unet = unet
         self._scheduler = scheduler
         self._shortcuts = shortcuts or Shortcuts()
         self._runner = UNetRunner(unet, compiled=compiled)
         self._joined: tuple[list[Rows], Rows] | None = None
+
+    @property
+    def unet(self) -> InsightEditUNet:
+        """The UNet with its weights in the order that steps want."""
+        return self._runner.unet
 
     @torch.no_grad()
     def begin(

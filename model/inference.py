@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from insightedit.model.guidance import EditConditions
+from insightedit.model.packing import packed
 from insightedit.model.unet import AttentionContext, InsightEditUNet
 
 _BLOCKS = frozenset(
@@ -95,7 +96,10 @@ class UNetRunner:
             ValueError: the UNet is of a kind that is not walked here.
         """
         _check(unet)
-        self._unet: Any = unet
+        # torch.compile orders weights by itself.
+        self.unet = unet if compiled else packed(unet)
+        self._unet: Any = self.unet
+        self._conv_in: Any = unet.conv_in
         self._resnet = torch.compile(_resnet) if compiled else _resnet
         self._transformer = torch.compile(_transformer) if compiled else _transformer
         self._shifts: dict[float, Tensor] = {}
@@ -126,7 +130,7 @@ class UNetRunner:
 
     def _static(self, conditions: EditConditions, source: Tensor) -> Tensor:
         """The first convolution (2, C, h, w) of the source latents and of zeros, with its bias and v."""
-        conv = self._unet.conv_in
+        conv = self._conv_in
         weight = conv.weight[:, conv.in_channels - source.shape[1] :]
         static = F.conv2d(torch.cat([source, torch.zeros_like(source)]), weight, conv.bias, padding=conv.padding)
         if conditions.spatial is None:
@@ -177,7 +181,7 @@ class UNetRunner:
             The UNet's output (R, 4, h, w), and the features (R, C, h, w) before its last layer.
         """
         unet = self._unet
-        conv = unet.conv_in
+        conv = self._conv_in
         mixed = F.conv2d(latents, conv.weight[:, : latents.shape[1]], padding=conv.padding)
         walk = _Walk(self, shifts, rows)
         first = mixed[rows.edit_of_trunk] + rows.static
@@ -257,16 +261,22 @@ def _transformer(module: Any, hidden: Tensor, rows: Rows) -> Tensor:
     """Transformer blocks over the positions of (B, C, h, w); where trunks part, (R, C, h, w) comes back."""
     height, width = hidden.shape[-2:]
     tokens = module.norm(hidden).permute(0, 2, 3, 1).flatten(1, 2)
-    # A convolution of 1x1 is a product over positions, which is what follows anyway.
-    tokens = F.linear(tokens, module.proj_in.weight.flatten(1), module.proj_in.bias)
+    tokens = _product(module.proj_in, tokens)
     for block in module.transformer_blocks:
         tokens = tokens + _self_attention(block.attn1, block.norm1(tokens))
         tokens = _spread(tokens, rows.trunk_of_row)
         tokens = tokens + _cross_attention(block.attn2, block.norm2(tokens), rows)
         value, gate = block.ff.net[0].proj(block.norm3(tokens)).chunk(2, dim=-1)
         tokens = tokens + block.ff.net[2](value * F.gelu(gate))
-    tokens = F.linear(tokens, module.proj_out.weight.flatten(1), module.proj_out.bias)
+    tokens = _product(module.proj_out, tokens)
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2) + _spread(hidden, rows.trunk_of_row)
+
+
+def _product(layer: Any, tokens: Tensor) -> Tensor:
+    """A linear layer; or a convolution of 1x1, which over positions is one."""
+    if isinstance(layer, nn.Conv2d):
+        return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+    return layer(tokens)
 
 
 def _self_attention(attention: Any, tokens: Tensor) -> Tensor:

@@ -222,6 +222,11 @@ class CheckpointsConfig(_Settings):
         return self
 
 
+def _named_dataset(value: object) -> object:
+    """A dataset that is given by its name alone."""
+    return {"reader": value} if isinstance(value, str) else value
+
+
 class MetricsConfig(_Settings):
     """Metrics beside the judge's scores. Those whose weights are not named here are reported as missing."""
 
@@ -245,22 +250,56 @@ class EvaluationConfig(_Settings):
 
     judge: JudgeConfig = "shapes"
     """Who gives the scores: `shapes`, which knows the truth of its scenes, or a multimodal language model."""
-    reader: str = "shapes"
+    benchmark: Annotated[DatasetConfig, BeforeValidator(_named_dataset)] = DatasetConfig(reader="shapes")
+    """What is edited: a benchmark's name, or `reader` and `options` as of a dataset, such as its `root`."""
     split: str = "test"
-    scenes: Count = 200
+    """Of shapes: which scenes are drawn."""
+    scenes: Count | None = None
+    """How many source pictures; None takes all that a benchmark has, and of shapes, which has no end, 200."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the edits' noise, and of the scenes of shapes."""
     batch: Count = 16
     """Edits at a time."""
     metrics: MetricsConfig = MetricsConfig()
 
 
 class PromotionConfig(_Settings):
-    """When a challenger becomes champion."""
+    """When a challenger becomes champion: the bounds of the gates."""
 
     min_viescore: Share = 0.5
-    """What the first champion must reach. An editor that copies its source scores 0.5."""
+    """What a champion's VIEScore must be above. An editor that copies its source scores 0.5."""
+    minimum: dict[str, float] = {}
+    """What the mean of other scores must be above: `instruction_adherence: 2.5`, or a metric whose higher values are
+    better."""
+    compare: Literal["better", "not-worse"] = "better"
+    """Whether a version must be better than the champion, or not worse by `margin` (non-inferiority)."""
     margin: Annotated[float, Field(ge=0)] = 0.0
-    """By how much a challenger's VIEScore must exceed the champion's."""
+    """By how much the VIEScore must be above the champion's; with `not-worse`, by how much it may be below."""
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Of the one-sided paired test: the chance that a version which is no better passes."""
+    task_level: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """The chance that an equal version is refused because noise makes any of its tasks look fallen."""
+    task_margin: Share = 0.0
+    """A task's VIEScore may be lower by this; with `not-worse`, by `margin` at least."""
+    max_unjudged: Share = 0.02
+    """Share of cases that may lack a score for one of the two."""
+    max_latency_ratio: Annotated[float, Field(ge=0)] = 1.5
+    """How many times as long as the champion's an edit may take; with 0 it is not measured."""
+
+    @model_validator(mode="after")
+    def _margin_makes_sense(self) -> PromotionConfig:
+        if self.compare == "not-worse" and not self.margin:
+            raise ValueError("margin must be above 0 with compare: not-worse")
+        return self
+
+    @property
+    def task_fall(self) -> float:
+        """By how much a task's VIEScore may be lower."""
+        return max(self.task_margin, self.margin if self.compare == "not-worse" else 0.0)
+
+    def minimum_scores(self) -> dict[str, float]:
+        """All minimum scores by name."""
+        return {"viescore": self.min_viescore, **self.minimum}
 
 
 class TolerationConfig(_Settings):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 
 class InsightEditError(Exception):
@@ -21,6 +22,16 @@ class GateRefusedError(InsightEditError):
     """A promotion gate refused a model version."""
 
     exit_code = 3
+
+    def __init__(self, message: str, evidence: Mapping[str, Any] | None = None) -> None:
+        """Say what was refused.
+
+        Args:
+            message: one sentence.
+            evidence: what every gate has found, as JSON has it.
+        """
+        super().__init__(message)
+        self.evidence = dict(evidence or {})
 
 
 class NotFoundError(InsightEditError):

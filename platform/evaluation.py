@@ -7,16 +7,18 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from insightedit.platform.benchmarks import benchmark_cases
+from insightedit.platform.cases import EditCase
 from insightedit.platform.config import EvaluationConfig
 from insightedit.platform.datasets.shapes_edits import Edit, sample_edit
-from insightedit.platform.datasets.shapes_world import SPLITS, render
+from insightedit.platform.datasets.shapes_world import SPLITS, Split, render
 from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.judges import (
     ASPECTS,
@@ -27,7 +29,6 @@ from insightedit.platform.judges import (
     Progress,
     Score,
     Scores,
-    Truth,
     Verdict,
 )
 from insightedit.platform.judges.shapes import ShapesJudge, shapes_truth
@@ -35,35 +36,11 @@ from insightedit.platform.metrics import Comparison, Mean, Meter, means
 from insightedit.platform.records import encode_png
 from insightedit.platform.results import CaseResult
 
-Pixels = NDArray[np.float32]
-"""One picture (H, W, 3), float32 in [0, 1]."""
+Pixels = NDArray[np.float32] | NDArray[np.uint8]
+"""One picture (H, W, 3): float32 in [0, 1], or 8-bit as people get it."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EditCase:
-    """One edit to be judged: what is asked for, with which noise, and what would be right."""
-
-    key: str
-    scene: str
-    """The source picture's; both instructions of a scene have the same."""
-    task: str
-    form: str
-    """The form of reasoning that the advanced instruction of this scene needs."""
-    wording: str
-    """`simple` or `advanced`."""
-    held_out: tuple[str, ...]
-    """What of it no training scene has shown: `combination`, `wording`."""
-    instruction: str
-    seed: int
-    """The noise's. Both instructions of a scene have the same."""
-    source: NDArray[np.uint8]
-    target: NDArray[np.uint8]
-    truth: Truth | None
-    """What the exact judge needs to know; None where only a language model can judge."""
-    region: NDArray[np.bool_] | None = None
-    """(H, W), true where the edit belongs; None where nobody knows."""
-    caption: str = ""
-    """What the edited region should show; empty where nothing should, or nobody knows."""
+SHAPES_SCENES: Final = 200
+"""Scenes of shapes where the config does not say how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +48,7 @@ class JudgedEdit:
     """A case with what an editor made of it."""
 
     case: EditCase
-    edit: Pixels
+    edit: NDArray[np.uint8]
     verdict: Verdict
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     """By name; what could not be measured has no entry."""
@@ -98,8 +75,9 @@ class Evaluation:
     """sha256 over scenes, instructions, noise seeds and who judged."""
     scenes: int
     overall: Figures
-    simple: Figures
-    advanced: Figures
+    simple: Figures | None
+    """None where the benchmark does not say how instructions are worded; likewise `advanced`."""
+    advanced: Figures | None
     by_task: Mapping[str, Figures]
     by_form: Mapping[str, Figures]
     """Of advanced instructions, by the reasoning they need."""
@@ -125,6 +103,11 @@ class Evaluation:
         content = {**asdict(replace(self, costs=Costs())), "costs": self.costs.to_json()}
         return {"scenes": content.pop("scenes"), **content.pop("overall"), **content}
 
+    def wordings(self) -> dict[str, Figures]:
+        """The figures by wording, of those that there are."""
+        found = {"simple": self.simple, "advanced": self.advanced}
+        return {name: figures for name, figures in found.items() if figures is not None}
+
     def tags(self) -> dict[str, str]:
         """What a model version says about it."""
         return {
@@ -138,7 +121,7 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """The figures by dotted name, for a run's metrics."""
-        groups: dict[str, Figures] = {"all": self.overall, "simple": self.simple, "advanced": self.advanced}
+        groups: dict[str, Figures] = {"all": self.overall, **self.wordings()}
         groups |= {f"task.{name}": figures for name, figures in self.by_task.items()}
         groups |= {f"form.{name}": figures for name, figures in self.by_form.items()}
         groups |= {f"held_out.{name}": figures for name, figures in self.held_out.items()}
@@ -154,45 +137,55 @@ class Evaluation:
 
 
 def evaluation_cases(config: EvaluationConfig, scenes: int | None = None) -> list[EditCase]:
-    """The cases that a config asks for, the simple and the advanced instruction of a scene one after the other.
+    """The cases that a config asks for, the instructions of a scene one after the other.
 
     Args:
-        config: which dataset, split and seed.
+        config: which benchmark, split and seed.
         scenes: only the first scenes; all of them without it.
 
     Raises:
-        UsageError: the dataset has no exact truth, or no such split.
+        UsageError: there is no such benchmark or split.
+        NotFoundError: the benchmark's folder is missing.
+        InsightEditError: a row of the benchmark cannot be read.
     """
-    if config.reader != "shapes":
-        raise UsageError(f"evaluation.reader is {config.reader!r}; only 'shapes' can be judged exactly.")
+    wanted = [count for count in (scenes, config.scenes) if count is not None]
+    if config.benchmark.reader != "shapes":
+        return benchmark_cases(config, min(wanted, default=None))
     if config.split not in SPLITS:
         raise UsageError(f"evaluation.split is {config.split!r}; it must be one of {', '.join(SPLITS)}.")
-    cases: list[EditCase] = []
-    for number in range(config.scenes if scenes is None else min(scenes, config.scenes)):
-        # The numbers of `edit_records`: the same seed means the same scenes there and here.
-        edit = sample_edit(config.seed * 2**32 + number, config.split)
-        source, target = render(edit.source), render(edit.target)
-        truth = shapes_truth(edit.source, edit.target)
-        scene = f"{config.split}-{config.seed}-{number:06d}"
-        cases.extend(
-            EditCase(
-                key=f"{scene}-{wording}",
-                scene=scene,
-                task=edit.task,
-                form=edit.form,
-                wording=wording,
-                held_out=edit.held_out,
-                instruction=instruction,
-                seed=number,
-                source=source,
-                target=target,
-                truth=truth,
-                region=~np.logical_or.reduce(truth.keep_regions),
-                caption=_new_shapes(edit),
-            )
-            for wording, instruction in (("simple", edit.simple), ("advanced", edit.advanced))
+    if config.benchmark.options:
+        raise UsageError(
+            "evaluation.benchmark is shapes, which takes no options; set evaluation.split, scenes and seed."
         )
-    return cases
+    count = min([*wanted, config.scenes or SHAPES_SCENES])
+    return [case for number in range(count) for case in _shapes_cases(config, cast(Split, config.split), number)]
+
+
+def _shapes_cases(config: EvaluationConfig, split: Split, number: int) -> list[EditCase]:
+    """Both instructions of a scene."""
+    # The numbers of `edit_records`: the same seed means the same scenes there and here.
+    edit = sample_edit(config.seed * 2**32 + number, split)
+    source, target = render(edit.source), render(edit.target)
+    truth = shapes_truth(edit.source, edit.target)
+    scene = f"{split}-{config.seed}-{number:06d}"
+    return [
+        EditCase(
+            key=f"{scene}-{wording}",
+            scene=scene,
+            task=edit.task,
+            form=edit.form,
+            wording=wording,
+            held_out=edit.held_out,
+            instruction=instruction,
+            seed=number,
+            source=source,
+            target=target,
+            truth=truth,
+            region=~np.logical_or.reduce(truth.keep_regions),
+            caption=_new_shapes(edit),
+        )
+        for wording, instruction in (("simple", edit.simple), ("advanced", edit.advanced))
+    ]
 
 
 def _new_shapes(edit: Edit) -> str:
@@ -217,7 +210,10 @@ def shuffled(cases: Sequence[EditCase]) -> list[EditCase]:
             if other.wording == case.wording and other.seed != case.seed and other.instruction != case.instruction
         ]
         if not others:
-            raise UsageError("evaluation.scenes is 1; instructions can be shuffled between 2 scenes or more.")
+            raise UsageError(
+                "As a control, instructions are shuffled between scenes, and these are all of one or all the same:"
+                " evaluate on 2 scenes or more."
+            )
         result.append(replace(case, key=f"{case.key}-shuffled", instruction=rng.choice(others)))
     return result
 
@@ -233,9 +229,9 @@ def judge(
         by: who judges; the exact judge of shapes if None.
         progress: is told how many are judged.
     """
-    made = list(edits)
+    made = [pixels_8bit(edit) for edit in edits]
     asked = [
-        MadeEdit(source=case.source, edit=pixels_8bit(edit), instruction=case.instruction, truth=case.truth)
+        MadeEdit(source=case.source, edit=edit, instruction=case.instruction, truth=case.truth)
         for case, edit in zip(cases, made, strict=True)
     ]
     verdicts = (by or ShapesJudge()).judge(asked, progress)
@@ -248,7 +244,7 @@ def measure(judged: Iterable[JudgedEdit], meter: Meter) -> list[JudgedEdit]:
     rows = meter.measure(
         Comparison(
             source=one.case.source,
-            edit=pixels_8bit(one.edit),
+            edit=one.edit,
             target=one.case.target,
             region=one.case.region,
             caption=one.case.caption,
@@ -296,15 +292,17 @@ def summarise(
     """
     cases = [one.case for one in judged]
     by = by or ShapesJudge()
+    wordings = _grouped(judged, lambda case: (case.wording,))
+    drawn = any(case.held_out for case in cases)
     return Evaluation(
         cases=cases_fingerprint(cases, by.identity),
         scenes=len({case.scene for case in cases}),
         overall=figures(judged),
-        simple=figures(one for one in judged if one.case.wording == "simple"),
-        advanced=figures(one for one in judged if one.case.wording == "advanced"),
+        simple=wordings.get("simple"),
+        advanced=wordings.get("advanced"),
         by_task=_grouped(judged, lambda case: (case.task,)),
         by_form=_grouped([one for one in judged if one.case.wording == "advanced"], lambda case: (case.form,)),
-        held_out=_grouped(judged, lambda case: case.held_out or ("none",)),
+        held_out=_grouped(judged, lambda case: case.held_out or ("none",)) if drawn else {},
         copy_baseline=figures(copies),
         shuffled=figures(control),
         judge=by.identity,
@@ -348,7 +346,8 @@ def cases_fingerprint(cases: Iterable[EditCase], judge: str = "shapes") -> str:
     for case in cases:
         digest.update(f"{case.key}\0{case.instruction}\0{case.seed}\0".encode())
         digest.update(case.source.tobytes())
-        digest.update(case.target.tobytes())
+        if case.target is not None:
+            digest.update(case.target.tobytes())
     return digest.hexdigest()
 
 
@@ -364,8 +363,8 @@ def write_cases(path: Path, judged: Iterable[JudgedEdit]) -> None:
             "instruction": one.case.instruction,
             "seed": one.case.seed,
             "source": encode_png(one.case.source),
-            "edit": encode_png(pixels_8bit(one.edit)),
-            "target": encode_png(one.case.target),
+            "edit": encode_png(one.edit),
+            "target": None if one.case.target is None else encode_png(one.case.target),
             **_score_columns(one.verdict),
         }
         for one in judged
@@ -391,14 +390,16 @@ def unit_range(pixels: NDArray[np.uint8]) -> Pixels:
 
 
 def pixels_8bit(pixels: Pixels) -> NDArray[np.uint8]:
-    """Pixels in [0, 1] as 8-bit, for showing."""
+    """Pixels as 8-bit, for showing."""
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.uint8, copy=False)
     return (pixels * 255).round().astype(np.uint8)
 
 
 def _grouped(judged: Sequence[JudgedEdit], names: Callable[[EditCase], Iterable[str]]) -> dict[str, Figures]:
     groups: dict[str, list[JudgedEdit]] = {}
     for one in judged:
-        for name in names(one.case):
+        for name in filter(None, names(one.case)):
             groups.setdefault(name, []).append(one)
     scored = {name: group for name, group in groups.items() if any(isinstance(one.verdict, Scores) for one in group)}
     return {name: figures(scored[name]) for name in sorted(scored)}

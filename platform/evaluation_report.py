@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from insightedit.platform.evaluation import Evaluation, Figures, JudgedEdit, case_results, pixels_8bit
+from insightedit.platform.evaluation import Evaluation, Figures, JudgedEdit, case_results
 from insightedit.platform.intervals import Estimate, estimate
 from insightedit.platform.metrics import METRICS
 from insightedit.platform.pages import ACCENT, BAD, GOOD, INK, RULE, SOFT, facts, in_turns, inline, summary, write_page
@@ -30,7 +30,7 @@ _SCORE_NAMES: Final = {
     "naturalness": "naturalness",
     "no_artifacts": "no artifacts",
 }
-_WIDTH: Final = 120
+_WIDTH: Final = 240
 """Pixels of a drawn interval."""
 
 STYLE: Final = f"""
@@ -52,7 +52,8 @@ tr.group td {{ border-bottom: 0; padding-top: 0.9rem; color: {SOFT}; font-size: 
 .card ul {{ margin: 0.5rem 0 0; padding: 0; list-style: none; font-size: 0.85rem; }}
 .card li {{ margin-top: 0.35rem; }}
 .score {{ display: inline-block; min-width: 1.3rem; font-weight: 600; }}
-details summary {{ cursor: pointer; color: {SOFT}; }}
+table.narrow {{ width: auto; }} table.narrow td, table.narrow th {{ padding-right: 2rem; }}
+td svg {{ display: block; margin-top: 0.3rem; }}
 """
 
 
@@ -110,10 +111,10 @@ def write_evaluation_report(path: Path, page: EvaluationPage) -> None:
         f"<h2>Scores</h2>{about}",
         _scores_table(rows),
         _controls(page.evaluation),
-        "<h2>Metrics</h2>",
-        _metrics_table(page.evaluation, rows),
         "<h2>Against the champion</h2>",
         *_changes(page, rows),
+        "<h2>Metrics</h2>",
+        _metrics_table(page.evaluation, rows),
         "<h2>Best and worst</h2>",
         *_extremes(page, rows),
         *_failures(rows),
@@ -149,7 +150,7 @@ def _top(page: EvaluationPage, rows: Sequence[_Row]) -> str:
     ]
     change = _estimate(rows, lambda row: row.gain)
     if page.champion and change:
-        entries.append((f"{change.mean:+.3f}", f"VIEScore against {page.champion.name}", _said(change)))
+        entries.append((f"{change.mean:+.3f}", f"against {page.champion.name}", _said(change)))
     failed = page.evaluation.overall.failed
     entries.append((str(len(rows) - failed), "edits judged", f"{failed} could not be" if failed else "all of them"))
     return summary(entries)
@@ -250,8 +251,8 @@ def _controls(evaluation: Evaluation) -> str:
         f"<td class=est>{one.instruction:.2f}</td><td class=est>{one.non_overedit:.2f}</td></tr>"
         for name, one in controls.items()
     )
-    head = "<tr><th>controls</th><th class=n>edits</th><th class=est>VIEScore</th><th class=est>S_i</th>"
-    return f"<div class=wide><table>{head}<th class=est>S_n</th></tr>{lines}</table></div>"
+    head = "<th></th><th class=n>edits</th><th class=est>VIEScore</th><th class=est>S_i</th><th class=est>S_n</th>"
+    return f"<h3>Controls</h3><div class=wide><table class=narrow><tr>{head}</tr>{lines}</table></div>"
 
 
 # -- the champion -----------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def _changes(page: EvaluationPage, rows: Sequence[_Row]) -> list[str]:
 
 def _changes_table(rows: Sequence[_Row]) -> str:
     lines: list[str] = []
-    most = max((abs(row.gain) for row in rows if row.gain is not None), default=0.0) or 1.0
+    most = _widest(rows)
     for heading, groups in _groups(rows).items():
         if heading and groups:
             lines.append(f"<tr class=group><td colspan=7>{heading}</td></tr>")
@@ -295,10 +296,17 @@ def _changes_table(rows: Sequence[_Row]) -> str:
             lines.append(
                 f"<tr{'' if heading else ' class=total'}><td>{html.escape(name.replace('_', ' '))}</td>{cells}"
                 f'<td class="est{kind}">{change.mean:+.3f}<small>{_signed(change)}</small></td>'
-                f"<td>{_drawn(change, (-min(1.0, most), min(1.0, most)), zero=True)}</td></tr>"
+                f"<td>{_drawn(change, (-most, most), zero=True)}</td></tr>"
             )
     head = "<tr><th></th><th class=n>better</th><th class=n>worse</th><th class=n>of</th><th class=est>difference</th>"
     return f"<div class=wide><table>{head}<th></th></tr>{''.join(lines)}</table></div>"
+
+
+def _widest(rows: Sequence[_Row]) -> float:
+    """How far from 0 any interval of a difference reaches."""
+    changes = [_estimate(group, lambda row: row.gain) for groups in _groups(rows).values() for group in groups.values()]
+    ends = [abs(end) for change in changes if change for end in (change.mean, *(change.interval or ()))]
+    return max(ends, default=0.0) or 1.0
 
 
 def _gained_and_lost(rows: Sequence[_Row]) -> tuple[list[_Row], list[_Row]]:
@@ -356,10 +364,10 @@ def _card(page: EvaluationPage, row: _Row) -> str:
 
 def _pictures(page: EvaluationPage, row: _Row) -> list[tuple[str, Picture]]:
     case = row.edit.case
-    pictures = [("source", case.source), ("edit", pixels_8bit(row.edit.edit))]
+    pictures = [("source", case.source), (page.name, row.edit.edit)]
     if page.champion and row.result.case in page.champion.edits:
         pictures.append((page.champion.name, page.champion.edits[row.result.case]))
-    return [*pictures, ("target", case.target)]
+    return pictures if case.target is None else [*pictures, ("target", case.target)]
 
 
 def _failures(rows: Sequence[_Row]) -> list[str]:
@@ -373,11 +381,14 @@ def _failures(rows: Sequence[_Row]) -> list[str]:
 
 def _sheet(page: EvaluationPage, rows: Sequence[_Row]) -> str:
     lines: list[str] = []
-    heads = ["source", "edit", *([page.champion.name] if page.champion else []), "target"]
+    targets = ["target"] if any(row.edit.case.target is not None for row in rows) else []
+    heads = ["source", page.name, *([page.champion.name] if page.champion else []), *targets]
     for row in _sheet_rows(rows):
         pictures = dict(_pictures(page, row))
         result = row.result
-        kind = " ".join(filter(None, (result.task, result.wording, *row.edit.case.held_out)))
+        kind = " ".join(
+            filter(None, (result.task, result.wording, *(f"unseen {one}" for one in row.edit.case.held_out)))
+        )
         scored = "not judged" if result.viescore is None else f"VIEScore {result.viescore:.2f}"
         cells = "".join(f"<td>{inline(pictures[name]) if name in pictures else ''}</td>" for name in heads)
         note = f"{html.escape(result.instruction)}<br><span class=soft>{html.escape(f'{kind}, {scored}')}</span>"
@@ -409,7 +420,8 @@ def _estimate(rows: Iterable[_Row], read: Callable[[_Row], float | None]) -> Est
 
 def _number(value: float, name: str) -> str:
     metric = name.removeprefix("metric.")
-    return f"{value:.2f}" if metric in (*SCORES, "psnr", "clip_score") else f"{value:.3f}"
+    places = 2 if metric in (*SCORES, "psnr", "clip_score") else 5 if metric in ("mse", "l2") else 3
+    return f"{value:.{places}f}"
 
 
 def _interval_text(found: Estimate, name: str) -> str:

@@ -265,14 +265,17 @@ def _worker_group(kube: KubeConfig, group: PodGroup) -> Manifest:
     }
 
 
+# The brackets keep the pattern from matching the shell that it stands in.
+_BUSY = "[r]ay::(RayTrainWorker|ServeReplica|ProxyActor)"
+
+
 def _notice(seconds: int) -> list[str]:
-    """What a pod does before it is deleted: it tells Ray, and stays for as long as workers that train are on it."""
+    """What a pod does before it is deleted: it tells Ray, and stays for as long as it is training or serving."""
     drain = (
         "timeout 20 ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the pod is being deleted'"
         f" --deadline-remaining-seconds {seconds}"
     )
-    # The brackets keep the pattern from matching the shell that it stands in.
-    return ["/bin/bash", "-c", f"{drain} && while pgrep -f '[r]ay::RayTrainWorker' >/dev/null; do sleep 1; done"]
+    return ["/bin/bash", "-c", f"{drain} && while pgrep -f '{_BUSY}' >/dev/null; do sleep 1; done"]
 
 
 def _pod(kube: KubeConfig, container: str, resources: Manifest, placement: PlacementConfig) -> Manifest:

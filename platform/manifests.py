@@ -18,6 +18,8 @@ MANIFEST_NAME = "MANIFEST.json"
 # What a pipeline folder is made of: weights as safetensors, the rest text. `.model` is a SentencePiece vocabulary.
 # Everything else is refused: pickles (.bin, .pt, .ckpt, ...) and Python files run code when they are opened.
 ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".txt", ".md", ".model"})
+_LIBRARIES = frozenset({"diffusers", "transformers", "stable_diffusion"})
+"""What a part's class may come from, besides this package; the last one is diffusers' folder of safety checkers."""
 _FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 
@@ -143,3 +145,27 @@ def verify_manifest(folder: Path) -> Manifest:
                 f"{name} in {folder} differs from its {MANIFEST_NAME} (sha256): restore it or register the model again."
             )
     return manifest
+
+
+def check_classes(folder: Path) -> None:
+    """Refuse a pipeline folder whose index names classes of other packages: loading imports what is named there.
+
+    Raises:
+        NotFoundError: there is no index.
+        InsightEditError: it is none, or names something else.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise NotFoundError(f"{folder} is not a pipeline folder (it has no {path.name}): name one that is.")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        pairs = {name: value for name, value in index.items() if isinstance(value, list)}
+    except (ValueError, AttributeError) as error:
+        raise InsightEditError(f"{path} is no index of a pipeline ({error}): save the pipeline again.") from None
+    for name, value in pairs.items():
+        library = value[0] if value else ""
+        if library is not None and library not in _LIBRARIES and not str(library).startswith("insightedit."):
+            raise InsightEditError(
+                f"{path} takes {name} from {library!r}, and only diffusers, transformers and insightedit are loaded:"
+                " save the pipeline without it."
+            )

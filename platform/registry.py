@@ -15,17 +15,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from insightedit.platform.artifacts import copy_whole, download, seen_folder
+from insightedit.platform.artifacts import delete as delete_files
 from insightedit.platform.audit import CHALLENGER, CHAMPION, PREVIOUS, AuditEntry, AuditLog, Change
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
-from insightedit.platform.manifests import Manifest, verify_manifest, write_manifest
+from insightedit.platform.manifests import verify_manifest
 from insightedit.platform.workdir import Workdir
 
 MODEL_NAME = "insightedit"
+_OWN_FOLDER = "pipeline-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +37,10 @@ class ModelVersion:
     name: str
     version: str
     """MLflow's number as a string: it is a name, never compared as a number."""
+    source: str
+    """URI of its files."""
     folder: Path
-    """The pipeline folder; `Registry.fetch` verifies it."""
+    """The pipeline folder; `Registry.fetch` verifies it, and fetches it first if its files are in a store."""
     run_id: str | None
     created: datetime
     aliases: tuple[str, ...]
@@ -49,20 +53,30 @@ class ModelVersion:
 
 
 class Registry:
-    """The versions of one registered model in a work folder's MLflow database."""
+    """The versions of one registered model in a work folder's MLflow: its own database, or a server that many share."""
 
     def __init__(self, workdir: Workdir, name: str = MODEL_NAME) -> None:
         self.name = name
-        self.client = MlflowClient(tracking_uri=workdir.tracking_uri, registry_uri=workdir.tracking_uri)
+        self.uri = workdir.tracking_uri
+        self._copies = workdir.versions
+        self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         self.audit = AuditLog(self.client, name)
 
-    def register(self, folder: Path, run_id: str, tags: Mapping[str, str] | None = None) -> ModelVersion:
+    def register(
+        self,
+        folder: Path,
+        run_id: str,
+        tags: Mapping[str, str] | None = None,
+        *,
+        only: frozenset[str] | None = None,
+    ) -> ModelVersion:
         """Copy a pipeline folder into a run's artifacts and make it the newest version and `challenger`.
 
         Args:
             folder: what `InsightEditPipeline.save_pretrained` wrote.
             run_id: the MLflow run that made it.
             tags: lineage: stage runs, dataset fingerprints, config hash, git commit, evaluation figures.
+            only: the files to copy, as paths below the folder; all of them without it.
 
         Raises:
             NotFoundError: no pipeline folder, or no such run.
@@ -71,11 +85,17 @@ class Registry:
         if not (folder / "model_index.json").is_file():
             raise NotFoundError(f"{folder} is not a pipeline folder (it has no model_index.json): name one that is.")
         artifacts = self._run_artifacts(run_id)
-        target = artifacts / f"pipeline-{uuid.uuid4().hex[:12]}"
-        manifest = _copy_whole(folder, target)
+        name = f"{_OWN_FOLDER}{uuid.uuid4().hex[:12]}"
+        place = seen_folder(artifacts)
+        target = (place or self._copies) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        manifest = copy_whole(folder, target, only)
+        if place is None:
+            self.client.log_artifacts(run_id, str(target), name)
+        source = target.as_uri() if place else f"{artifacts.rstrip('/')}/{name}"
         lineage = {**(tags or {}), "run": run_id, "manifest": manifest.digest, "bytes": str(manifest.size)}
         self._ensure_model()
-        made = self.client.create_model_version(self.name, source=target.as_uri(), run_id=run_id, tags=lineage)
+        made = self.client.create_model_version(self.name, source=source, run_id=run_id, tags=lineage)
         version = str(made.version)
         self.client.set_registered_model_alias(self.name, CHALLENGER, version)
         return self.resolve(version)
@@ -128,12 +148,30 @@ class Registry:
             InsightEditError: the folder is damaged, or holds a format that could run code.
         """
         version = self.resolve(reference) if isinstance(reference, str) else reference
-        manifest = verify_manifest(version.folder)
-        if version.tags.get("manifest", manifest.digest) != manifest.digest:
-            raise InsightEditError(
-                f"{version.folder} is not what version {version.version} was registered with: register the model again."
-            )
-        return version.folder
+        if seen_folder(version.source) is not None:
+            return _verified(version)
+        if version.folder.is_dir():
+            try:
+                return _verified(version)
+            except InsightEditError:
+                shutil.rmtree(version.folder)
+        download(version.source, version.folder, self.uri)
+        return _verified(version)
+
+    def delete(self, version: ModelVersion) -> None:
+        """Delete a version for good: its entry first, since a version without files is worse than files without one.
+
+        Raises:
+            InsightEditError: the registry refuses, or the files stay.
+        """
+        try:
+            self.client.delete_model_version(self.name, version.version)
+        except MlflowException as error:
+            raise InsightEditError(f"Version {version.version} cannot be deleted: {error.message}") from error
+        # A folder that `register` has made belongs to one version and nobody else.
+        if version.folder.name.startswith(_OWN_FOLDER):
+            shutil.rmtree(self._copies / version.folder.name, ignore_errors=True)
+            delete_files(version.source, self.uri)
 
     def set_tags(self, version: str, tags: Mapping[str, str]) -> None:
         """Add tags to a version, or replace them."""
@@ -207,12 +245,13 @@ class Registry:
         self.audit.reconcile()
         return entry
 
-    def _run_artifacts(self, run_id: str) -> Path:
+    def _run_artifacts(self, run_id: str) -> str:
         try:
-            uri = self.client.get_run(run_id).info.artifact_uri
-        except MlflowException:
+            return str(self.client.get_run(run_id).info.artifact_uri)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
             raise NotFoundError(f"There is no run {run_id}: see `insightedit status` for the runs there are.") from None
-        return _local_path(str(uri))
 
     def _ensure_model(self) -> None:
         try:
@@ -223,11 +262,12 @@ class Registry:
 
     def _entity(self, found: Any, aliases: Mapping[str, str]) -> ModelVersion:
         """Take over MLflow's object, whose version is an int here and a string there."""
-        version = str(found.version)
+        version, source = str(found.version), str(found.source)
         return ModelVersion(
             name=self.name,
             version=version,
-            folder=_local_path(str(found.source)),
+            source=source,
+            folder=seen_folder(source) or self._copies / source.rstrip("/").rpartition("/")[2],
             run_id=found.run_id,
             created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
             aliases=tuple(sorted(alias for alias, number in aliases.items() if number == version)),
@@ -262,23 +302,11 @@ def _parse_reference(reference: str, name: str) -> str:
     return match["selector"]
 
 
-def _local_path(uri: str) -> Path:
-    parsed = urlparse(uri)
-    if parsed.scheme not in ("", "file"):
+def _verified(version: ModelVersion) -> Path:
+    """A version's folder, if every file in it is what was registered."""
+    manifest = verify_manifest(version.folder)
+    if version.tags.get("manifest", manifest.digest) != manifest.digest:
         raise InsightEditError(
-            f"The artifacts at {uri} are not in a folder that this machine sees: keep --workdir on a shared folder."
+            f"{version.folder} is not what version {version.version} was registered with: register the model again."
         )
-    return Path(unquote(parsed.path))
-
-
-def _copy_whole(folder: Path, target: Path) -> Manifest:
-    """Copy a folder under a temporary name, write its manifest, and only then give it its name."""
-    temporary = target.with_name(f"{target.name}.tmp")
-    try:
-        shutil.copytree(folder, temporary)
-        manifest = write_manifest(temporary)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return manifest
+    return version.folder

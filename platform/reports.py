@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from insightedit.platform.evaluation import Evaluation, Figures, JudgedEdit, pixels_8bit
+from insightedit.platform.evaluation import Evaluation, Figures, JudgedEdit
 from insightedit.platform.judges import Failed
 from insightedit.platform.pages import ACCENT, INK, PAPER, RULE, SOFT, facts, in_turns, inline, summary, write_page
 
@@ -30,7 +30,7 @@ class SheetRow:
     source: NDArray[np.uint8]
     instruction: str
     edit: NDArray[np.uint8]
-    target: NDArray[np.uint8]
+    target: NDArray[np.uint8] | None
     note: str
     """A short line below the instruction."""
 
@@ -77,7 +77,8 @@ def write_sheet(path: Path, rows: Sequence[SheetRow]) -> None:
     for number, row in enumerate(rows):
         top = _GAP + 24 + number * (_CELL + _GAP)
         for left, picture in zip((lefts[0], *lefts[2:]), (row.source, row.edit, row.target), strict=True):
-            sheet.paste(_enlarged(picture), (left, top))
+            if picture is not None:
+                sheet.paste(_enlarged(picture), (left, top))
         text = textwrap.fill(row.instruction, 28)
         draw.multiline_text((lefts[1], top + 8), text, fill=INK, font=font, spacing=6)
         draw.text((lefts[1], top + _CELL - 24), row.note, fill=SOFT, font=small)
@@ -110,7 +111,7 @@ def _sheet_row(one: JudgedEdit) -> SheetRow:
     return SheetRow(
         source=one.case.source,
         instruction=one.case.instruction,
-        edit=pixels_8bit(one.edit),
+        edit=one.edit,
         target=one.case.target,
         note=note,
     )
@@ -160,7 +161,7 @@ def _evaluation_tables(evaluation: Evaluation) -> str:
         "the source unchanged": evaluation.copy_baseline,
         "instructions of other scenes": evaluation.shuffled,
     }
-    both = {"simple instructions": evaluation.simple, "advanced instructions": evaluation.advanced}
+    both = {f"{name} instructions": figures for name, figures in evaluation.wordings().items()}
     tables = (
         ("Instructions", {"all": evaluation.overall, **both}),
         ("Controls", controls),
@@ -192,7 +193,7 @@ def _sheet_table(rows: Sequence[SheetRow]) -> str:
     body = "".join(
         f"<tr><td>{inline(row.source)}</td>"
         f"<td>{html.escape(row.instruction)}<br><span class=soft>{html.escape(row.note)}</span></td>"
-        f"<td>{inline(row.edit)}</td><td>{inline(row.target)}</td></tr>"
+        f"<td>{inline(row.edit)}</td><td>{'' if row.target is None else inline(row.target)}</td></tr>"
         for row in rows
     )
     return f'<div class="wide sheet"><table>{head}{body}</table></div>'

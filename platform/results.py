@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from insightedit.platform.errors import InsightEditError
 
@@ -79,6 +82,26 @@ def read_results(path: Path) -> list[CaseResult]:
         return [_result(row) for row in rows]
     except (pa.ArrowException, OSError, KeyError, TypeError) as error:
         raise InsightEditError(f"{path} is no table of an evaluation ({error}): evaluate the version again.") from None
+
+
+def load_results(client: MlflowClient, run_id: str) -> list[CaseResult] | None:
+    """Read the table that an evaluation left with its run; None where it left none, or the run is gone.
+
+    Raises:
+        InsightEditError: the file is damaged.
+        MlflowException: the registry does not answer, which is no proof that the table is not there.
+    """
+    try:
+        kept: Sequence[Any] = client.list_artifacts(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    if all(one.path != RESULTS_FILE for one in kept):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        # A folder of this machine is read where it is; an object store's file is fetched.
+        return read_results(Path(client.download_artifacts(run_id, RESULTS_FILE, folder)))
 
 
 def _cell(value: object) -> object:

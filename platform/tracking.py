@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from insightedit.platform.config import RunConfig, flattened
@@ -47,12 +48,19 @@ class TrackedRun:
 
 
 def ensure_experiment(client: MlflowClient, workdir: Workdir) -> str:
-    """The id of the work folder's experiment, made if it is missing; its artifacts are in the work folder."""
+    """The id of the work folder's experiment, made if it is missing."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         return found.experiment_id
-    workdir.artifacts.mkdir(parents=True, exist_ok=True)
-    return client.create_experiment(EXPERIMENT, artifact_location=workdir.artifacts.as_uri())
+    root = workdir.artifact_root
+    if root == workdir.artifacts.as_uri():
+        workdir.artifacts.mkdir(parents=True, exist_ok=True)
+    try:
+        return client.create_experiment(EXPERIMENT, artifact_location=root)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return ensure_experiment(client, workdir)  # somebody else was quicker
 
 
 def start_run(

@@ -7,10 +7,17 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from insightedit.platform.errors import UsageError
 
+if TYPE_CHECKING:
+    from insightedit.platform.shared_registry import SharedRegistry
+
 ENVIRONMENT_VARIABLE = "INSIGHTEDIT_WORKDIR"
+TRACKING_VARIABLE = "INSIGHTEDIT_TRACKING_URI"
+"""Comes before `registry.yaml`."""
+SHARED_FILE = "registry.yaml"
 DEFAULT_FOLDER = "insightedit-work"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -54,8 +61,40 @@ class Workdir:
 
     @property
     def tracking_uri(self) -> str:
-        """MLflow's tracking and registry database."""
-        return f"sqlite:///{self.root / 'mlflow.db'}"
+        """MLflow's tracking and registry: the folder's own database, or what a team shares.
+
+        Raises:
+            UsageError: `registry.yaml` cannot be read.
+        """
+        shared = self._shared()
+        own = f"sqlite:///{self.root / 'mlflow.db'}"
+        return os.environ.get(TRACKING_VARIABLE) or (shared.tracking_uri if shared else "") or own
+
+    @property
+    def artifact_root(self) -> str | None:
+        """Where a new experiment's artifacts go; None leaves it to the tracking server.
+
+        Raises:
+            UsageError: `registry.yaml` cannot be read.
+        """
+        shared = self._shared()
+        if shared and shared.artifacts:
+            return shared.artifacts
+        return None if self.tracking_uri.startswith("http") else self.artifacts.as_uri()
+
+    def _shared(self) -> SharedRegistry | None:
+        path = self.root / SHARED_FILE
+        if not path.is_file():
+            return None
+        # Only here: `insightedit --help` is quick.
+        from insightedit.platform.shared_registry import SharedRegistry  # noqa: PLC0415
+
+        return SharedRegistry.read(path)
+
+    @property
+    def versions(self) -> Path:
+        """Copies of model versions whose files are in a store."""
+        return self.root / "versions"
 
     @property
     def artifacts(self) -> Path:

@@ -129,8 +129,12 @@ class Admission:
     # -- a request -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def admitted(self, caller: Caller) -> Generator[Ticket]:
+    def admitted(self, caller: Caller, *, counts: bool = True) -> Generator[Ticket]:
         """Let a request in for as long as the block takes.
+
+        Args:
+            caller: whose it is.
+            counts: whether it is one of the caller's requests of the minute; not where it has been counted before.
 
         Raises:
             ApiError: 429 if the caller has had its requests, or the gateway is full.
@@ -138,7 +142,7 @@ class Admission:
         self._check_share(caller)
         self._make_room(caller)
         limits = caller.allowance
-        if limits.requests_per_minute is not None:
+        if counts and limits.requests_per_minute is not None:
             self._buckets.take((caller.name, "requests"), 1, limits.requests_per_minute)
         seconds = self._limits.edit_seconds
         ticket = Ticket(caller, asyncio.get_running_loop().time() + seconds, seconds)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from insightedit.serve.backend import EditOutcome
-from insightedit.serve.schema import SOURCES, EditBody, EditFields, OutputFormat
+from insightedit.serve.schema import SOURCES, EditBody, EditFields, ErrorObject, JobBody, JobFields, OutputFormat
 
 
 class _Answer(BaseModel):
@@ -161,6 +161,40 @@ class ImagesResponse(_Made):
         )
 
 
+WebhookStatus = Literal["pending", "delivered", "failed"]
+JobStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+
+
+class Job(_Answer):
+    """An edit that is done while nobody waits for it. Times are in seconds since the epoch."""
+
+    object: Literal["image_edit.job"] = "image_edit.job"
+    id: str
+    """As its caller chose it."""
+    status: JobStatus
+    created_at: int
+    started_at: int | None
+    ended_at: int | None
+    expires_at: int
+    """When it is forgotten; its images may be before."""
+    model_version: str | None
+    """Known once it has begun."""
+    seed: int
+    error: ErrorObject | None
+    """Why it failed."""
+    result: ImagesResponse | None
+    """Its images, once it is completed and as long as they are kept."""
+    webhook_status: WebhookStatus | None
+    """Whether its end has been told, where that was asked for."""
+
+
+class WebhookSecret(_Answer):
+    """What a caller's webhooks are signed with."""
+
+    key: str
+    """`whsec_` and 32 bytes in base64, as libraries of Standard Webhooks take it."""
+
+
 # -- for the OpenAPI document ----------------------------------------------------------------------------------------
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -174,17 +208,26 @@ def component_schemas() -> dict[str, Any]:
     """Of the request's bodies and the stream's events, by name."""
     events = [(PartialImageEvent, "serialization"), (CompletedEvent, "serialization")]
     _, schemas = models_json_schema(events, ref_template=_REFERENCE)  # pyright: ignore[reportArgumentType]
-    json_body = EditBody.model_json_schema(ref_template=_REFERENCE)
+    bodies = {"EditForm": _form_schema(EditFields), "JobForm": _form_schema(JobFields)}
+    for name, kind in (("EditBody", EditBody), ("JobBody", JobBody)):
+        bodies[name], references = _json_schema(kind)
+        bodies |= references
+    return {**schemas["$defs"], **bodies}
+
+
+def _json_schema(kind: type[EditBody]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a JSON body, and of what it refers to by name."""
+    json_body = kind.model_json_schema(ref_template=_REFERENCE)
     references = json_body.pop("$defs")
     for name, schema in json_body["properties"].items():
         if name not in json_body["required"] and "anyOf" not in schema:
             described = {key: schema.pop(key) for key in ("default", "description") if key in schema}
             json_body["properties"][name] = {"anyOf": [schema, {"type": "null"}], **described}
-    return {**schemas["$defs"], **references, "EditForm": _form_schema(), "EditBody": json_body}
+    return json_body, references
 
 
-def _form_schema() -> dict[str, Any]:
-    schema = EditFields.model_json_schema()
+def _form_schema(kind: type[EditFields]) -> dict[str, Any]:
+    schema = kind.model_json_schema()
     # A form has no null; who has nothing to say leaves the field out.
     for name, field in schema["properties"].items():
         if "anyOf" in field:
@@ -201,8 +244,8 @@ def _form_schema() -> dict[str, Any]:
     return schema
 
 
-def request_body() -> dict[str, Any]:
-    """The bodies that an edit takes."""
-    kinds = {"multipart/form-data": "EditForm", "application/json": "EditBody"}
-    content = {kind: {"schema": {"$ref": _REFERENCE.format(model=name)}} for kind, name in kinds.items()}
+def request_body(what: Literal["Edit", "Job"]) -> dict[str, Any]:
+    """The bodies that an edit takes, or a job."""
+    kinds = {"multipart/form-data": "Form", "application/json": "Body"}
+    content = {kind: {"schema": {"$ref": _REFERENCE.format(model=what + name)}} for kind, name in kinds.items()}
     return {"required": True, "content": content}

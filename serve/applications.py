@@ -53,8 +53,9 @@ def _options(name: str, scaling: Scaling, settings: ServeSettings, replicas: int
         "max_ongoing_requests": scaling.max_ongoing,
         "max_queued_requests": scaling.max_queued,
         "backpressure_config": {"status_code": 429, "retry_after_s": limits.retry_after},
-        # Longer than the longest edit: a replica that is taken away finishes what it has begun.
-        "graceful_shutdown_timeout_s": limits.edit_seconds + 10,
+        "graceful_shutdown_timeout_s": settings.grace_seconds,
+        # How often it looks whether it has; Serve's own two seconds are most of a stop.
+        "graceful_shutdown_wait_loop_s": 0.5,
         "logging_config": logging_config(settings),
         "health_check_period_s": 5,
         "health_check_timeout_s": 15,

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import httpx
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
 from insightedit.platform.workdir import Workdir
@@ -27,6 +27,7 @@ from insightedit.serve.state import read_state
 
 KEY_VARIABLE = "INSIGHTEDIT_API_KEY"
 """Environment variable with the API key of the server; a key on the command line is seen by every process."""
+Answer = TypeVar("Answer", bound=BaseModel)
 _RETRIED = frozenset({408, 429, 502, 503})
 _LONGEST_PAUSE = 120.0
 """Seconds that a server may make us wait before the next try."""
@@ -139,23 +140,16 @@ def edit_over_http(
         InsightEditError: the server failed, or is none of ours.
     """
     begun = time.perf_counter()
-    # The names say nothing; the server looks at the bytes.
-    files = {"image": ("image", _contents(image), "application/octet-stream")}
-    if mask is not None:
-        files["mask"] = ("mask", _contents(mask), "application/octet-stream")
-    headers = {"idempotency-key": uuid.uuid4().hex}
-    if key := os.environ.get(KEY_VARIABLE):
-        headers["authorization"] = f"Bearer {key}"
-    address = f"{_checked_url(url)}/v1/images/edits"
-    with httpx.Client(timeout=httpx.Timeout(patience.timeout, connect=5.0), headers=headers) as client:
-        request = client.build_request("POST", address, data=form_of(prompt, options), files=files)
-        response = _send(client, request, patience)
-    if response.status_code != HTTPStatus.OK:
-        raise _error(response)
-    try:
-        answer = ImagesResponse.model_validate_json(response.content)
-    except ValidationError:
-        raise InsightEditError(f"What answers at {url} is no InsightEdit server; check the address.") from None
+    response = ask(
+        url,
+        "POST",
+        "/v1/images/edits",
+        patience,
+        headers={"idempotency-key": uuid.uuid4().hex},
+        data=form_of(prompt, options),
+        files=files_of(image, mask),
+    )
+    answer = parsed(url, response, ImagesResponse)
     return ServedEdit(
         images=tuple(base64.b64decode(one.b64_json) for one in answer.data),
         seeds=tuple(one.seed for one in answer.data),
@@ -165,6 +159,56 @@ def edit_over_http(
         seconds=time.perf_counter() - begun,
         status=response.status_code,
     )
+
+
+def files_of(image: Path | bytes, mask: Path | bytes | None) -> dict[str, tuple[str, bytes, str]]:
+    """The files of the request.
+
+    Raises:
+        NotFoundError: one does not exist.
+        UsageError: one cannot be read.
+    """
+    # The names say nothing; the server looks at the bytes.
+    given = {"image": image} if mask is None else {"image": image, "mask": mask}
+    return {name: (name, _contents(file), "application/octet-stream") for name, file in given.items()}
+
+
+def ask(
+    url: str, method: str, path: str, patience: Patience, headers: Mapping[str, str] | None = None, **body: Any
+) -> httpx.Response:
+    """A server's answer to a request that may be sent again.
+
+    Args:
+        url: the server's.
+        method: of the request.
+        path: below the URL.
+        patience: how long to wait, and how often to try.
+        headers: beside that of the API key, which the environment has.
+        **body: as httpx takes it.
+
+    Raises:
+        NotFoundError, UsageError, ClusterError, InsightEditError: as `edit_over_http` does.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    own = {**(headers or {}), **({"authorization": f"Bearer {key}"} if key else {})}
+    address = f"{_checked_url(url)}{path}"
+    with httpx.Client(timeout=httpx.Timeout(patience.timeout, connect=5.0), headers=own) as client:
+        response = _send(client, client.build_request(method, address, **body), patience)
+    if not response.is_success:
+        raise _error(response)
+    return response
+
+
+def parsed(url: str, response: httpx.Response, kind: type[Answer]) -> Answer:
+    """What an answer says.
+
+    Raises:
+        InsightEditError: the server is none of ours.
+    """
+    try:
+        return kind.model_validate_json(response.content)
+    except ValidationError:
+        raise InsightEditError(f"What answers at {url} is no InsightEdit server; check the address.") from None
 
 
 def _contents(image: Path | bytes) -> bytes:

@@ -23,11 +23,10 @@ from insightedit.serve.fleet import FleetStatus
 from insightedit.serve.ingress import check_haproxy, haproxy_variables
 from insightedit.serve.settings import ServeSettings
 from insightedit.serve.state import ServePlan, ServeState, clear_state, read_state
+from insightedit.serve.traces import check_traces
 
 DEFAULT_PORT = 8000
 _LOG_LINES = 12
-_STOP_SECONDS = 180.0
-"""Time for a server to finish what it has in hand: longer than an edit may take."""
 
 
 class ServeStatus(BaseModel):
@@ -79,6 +78,7 @@ def up(
     check_access(workdir, settings)
     if settings.haproxy:
         check_haproxy()
+    check_traces(settings.traces)
     registry = Registry(workdir)
     version = registry.resolve(reference)
     plan = ServePlan(
@@ -123,16 +123,16 @@ def down(workdir: Workdir) -> ServeStatus:
     if state is None or process is None:
         clear_state(workdir)
         return ServeStatus(state="down")
-    _stop(process)
+    _stop(process, state.stop_seconds)
     clear_state(workdir)
     return _status(state, ready=False).model_copy(update={"state": "down", "pid": None})
 
 
-def _stop(process: psutil.Process) -> None:
+def _stop(process: psutil.Process, seconds: float) -> None:
     children = process.children(recursive=True)
     process.terminate()
     try:
-        process.wait(timeout=_STOP_SECONDS)
+        process.wait(timeout=seconds)
     except psutil.TimeoutExpired:
         process.kill()
     # Ray's processes follow their head; whichever did not is ended here.
@@ -187,10 +187,10 @@ def _start(workdir: Workdir, plan: ServePlan) -> ServeStatus:
                 return _status(state, ready=True)
             time.sleep(0.2)
     except BaseException:
-        _stop(psutil.Process(server.pid))
+        _stop(psutil.Process(server.pid), plan.settings.stop_seconds)
         raise
     if server.poll() is None:
-        _stop(psutil.Process(server.pid))
+        _stop(psutil.Process(server.pid), plan.settings.stop_seconds)
         reason = f"did not answer within {plan.settings.startup_seconds:g} seconds"
     else:
         reason = f"ended with status {server.returncode}"

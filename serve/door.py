@@ -78,6 +78,17 @@ class Access:
         """What the settings say, with the keys of the process' work folder."""
         return cls(KeyRing(KeyStore(Workdir.open())) if needs_keys(settings) else None, settings.hosts)
 
+    def caller(self, name: str) -> Caller | None:
+        """Who has come in under a name before, if they may still.
+
+        Raises:
+            InsightEditError: the keys cannot be read.
+        """
+        if self.ring is None:
+            return ANYBODY
+        found = self.ring.named(name)
+        return None if found is None else Caller(found.name, found.allowance)
+
 
 def caller_of(request: Request) -> Caller:
     """Who sends a request that has passed the door."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import secrets
 import time
@@ -22,14 +21,16 @@ from insightedit.serve.answers import CompletedEvent, ImagesResponse, PartialIma
 from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, PartialTaker
 from insightedit.serve.door import caller_of
 from insightedit.serve.forms import EditRequest, read_edit_request
-from insightedit.serve.idempotency import REPLAYED_HEADER, Claim, IdempotencyKeys, KeyedRequest, fingerprint, key_of
+from insightedit.serve.idempotency import REPLAYED_HEADER, Claim, IdempotencyKeys, KeyedRequest, key_of
+from insightedit.serve.keys import Caller
 from insightedit.serve.logs import LOGGER, log_edit
 from insightedit.serve.meters import Meters
-from insightedit.serve.schema import SEED_LIMIT, ApiError, EditFields
-from insightedit.serve.settings import Limits
+from insightedit.serve.pieces import Piece, Wanted, area, decode, picture_of, pieces_of
+from insightedit.serve.schema import EDIT_BODIES, JOB_BODIES, SEED_LIMIT, ApiError, Bodies, EditFields, overloaded
+from insightedit.serve.settings import Destinations, Limits
 from insightedit.serve.streams import Emit, EventStream, Running, all_or_none, while_client_stays
 from insightedit.serve.trials import Trials
-from insightedit.serve.uploads import Mask, Pixels, decode_mask, decode_upload, encode_image, finish_image
+from insightedit.serve.uploads import Pixels
 
 logger = logging.getLogger(LOGGER)
 
@@ -40,11 +41,24 @@ CLIENT_LEFT = 499
 """What a request counts as whose client left before its answer; nobody is answered so."""
 
 
+@dataclass(frozen=True, slots=True)
+class ImageTimes:
+    """What one image took, in seconds."""
+
+    begun: float
+    """By `time.perf_counter`."""
+    queue: float
+    condition: float
+    edit: float
+
+
 @dataclass(slots=True)
 class Visit:
     """A request while the gateway has it."""
 
-    request: Request
+    caller: Caller
+    request_id: str
+    """What the caller and the log know it by."""
     version: str = ""
     """Of the model; "" until the request has been read."""
     seed: int = 0
@@ -54,6 +68,14 @@ class Visit:
     user: str | None = None
     """Whom the caller asks for."""
     started: float = field(default_factory=time.perf_counter)
+    images: list[ImageTimes] = field(default_factory=list[ImageTimes])
+    """Those that were made for it."""
+
+    @classmethod
+    def of(cls, request: Request) -> Visit:
+        """A request that has just come, whose state then has it."""
+        request.state.visit = cls(caller_of(request), request.state.request_id)
+        return request.state.visit
 
     @property
     def seconds(self) -> float:
@@ -61,35 +83,10 @@ class Visit:
         return time.perf_counter() - self.started
 
     @property
-    def request_id(self) -> str:
-        """What the caller and the log know it by."""
-        return self.request.state.request_id
-
-    @property
     def headers(self) -> dict[str, str]:
         """What its answer's headers say."""
         replayed = {REPLAYED_HEADER: "true"} if self.replayed else {}
         return {"x-insightedit-model-version": self.version, "x-insightedit-seed": str(self.seed), **replayed}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
-    """What a request asks for, its images decoded."""
-
-    request: EditRequest
-    sources: list[Pixels]
-    mask: Mask | None
-    fingerprint: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """One edit of a request."""
-
-    index: int
-    """Its place among the answer's images."""
-    job: EditJob
-    mask: Mask | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,18 +117,19 @@ class Made:
     """As the model gave it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A file to send."""
-
-    b64_json: str
-    size: str
-
-
 class EditService:
     """Answers edit requests: admitted, in fair turn, in time."""
 
-    def __init__(self, backend: Backend, limits: Limits, meters: Meters, keys: IdempotencyKeys, trials: Trials) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        limits: Limits,
+        meters: Meters,
+        keys: IdempotencyKeys,
+        trials: Trials,
+        image_urls: Destinations,
+    ) -> None:
+        self._image_urls = image_urls
         self.backend = backend
         self.limits = limits
         self.meters = meters
@@ -151,12 +149,12 @@ class EditService:
             ApiError: it is refused, or fails before the first event of its stream.
             ClientDisconnect: nobody waits for the answer any more.
         """
-        visit = Visit(request)
+        visit = Visit.of(request)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._counted(visit))
             ticket = stack.enter_context(self._admitted(request))
             key = key_of(request.headers)
-            wanted = await self._read(visit, ticket)
+            wanted = await self._read(visit, ticket, request)
             if wanted.request.fields.stream:
                 work = partial(self._edits, visit, ticket, wanted, key)
                 events = await stack.enter_async_context(Running[StreamEvent](work))
@@ -170,6 +168,36 @@ class EditService:
                 "x-insightedit-compute-seconds": str(body.timing.compute),
             }
             return JSONResponse(body.model_dump(), headers={**visit.headers, **headers})
+
+    async def accept(self, request: Request) -> Wanted:
+        """Read and check an edit that is to be done later.
+
+        Raises:
+            ApiError: it is refused.
+        """
+        with self._admitted(request) as ticket:
+            return await self._read(Visit.of(request), ticket, request, JOB_BODIES)
+
+    async def do(self, visit: Visit, request: EditRequest) -> list[CompletedEvent]:
+        """Do an edit that was accepted earlier, for nobody who waits.
+
+        Args:
+            visit: whose it is, with its seed and version.
+            request: as it was accepted.
+
+        Raises:
+            ApiError: 429 or 503 for what may go well at another time, others for what fails for good.
+        """
+        admitted = self.admission.admitted(visit.caller, counts=False)
+        with admitted as ticket, self.meters.in_flight.track_inprogress():
+            ticket.shorten(request.fields.timeout)
+            try:
+                return await self._made(visit, ticket, await self._decoded(request), Claim(visit.seed, visit.version))
+            except ApiError as error:
+                # It was not slow: its turn did not come.
+                if error.status == HTTPStatus.GATEWAY_TIMEOUT and not ticket.begun:
+                    raise overloaded(self.limits) from None
+                raise
 
     @asynccontextmanager
     async def _counted(self, visit: Visit) -> AsyncGenerator[None]:
@@ -190,7 +218,7 @@ class EditService:
             self.meters.duration.observe(visit.seconds)
         finally:
             self.meters.requests.labels(status, visit.version).inc()
-            log_edit(caller_of(visit.request).name, visit.version, status, visit.seconds, code, visit.user)
+            log_edit(visit.caller.name, visit.version, status, visit.seconds, code, visit.user)
 
     @contextmanager
     def _admitted(self, request: Request) -> Generator[Ticket]:
@@ -200,15 +228,25 @@ class EditService:
 
     # -- what is to be done --------------------------------------------------------------------------------------
 
-    async def _read(self, visit: Visit, ticket: Ticket) -> Wanted:
+    async def _read(self, visit: Visit, ticket: Ticket, request: Request, bodies: Bodies = EDIT_BODIES) -> Wanted:
         async with self.admission.reading(ticket):
-            request = await read_edit_request(visit.request, self.limits)
-        visit.user = request.fields.user
-        ticket.shorten(request.fields.timeout)
-        draw = self.trials.draw(caller_of(visit.request).name, visit.user)
-        visit.version = self.backend.table.choose(request.fields.model, draw)
+            read = await read_edit_request(request, self.limits, self._image_urls, bodies)
+        visit.user = read.fields.user
+        ticket.shorten(read.fields.timeout)
+        visit.version = self.chosen(visit.caller, read.fields)
+        return await self._decoded(read)
+
+    def chosen(self, caller: Caller, fields: EditFields) -> str:
+        """The version that an edit gets which begins now.
+
+        Raises:
+            ApiError: 404, it asks for one that is not served.
+        """
+        return self.backend.table.choose(fields.model, self.trials.draw(caller.name, fields.user))
+
+    async def _decoded(self, read: EditRequest) -> Wanted:
         async with self._decoding:
-            return await asyncio.to_thread(_decode, request, self.limits)
+            return await asyncio.to_thread(decode, read, self.limits)
 
     @asynccontextmanager
     async def _claimed(self, visit: Visit, wanted: Wanted, key: str | None) -> AsyncGenerator[Claim]:
@@ -218,8 +256,7 @@ class EditService:
         if key is None:
             yield Claim(seed, visit.version)
             return
-        scope = caller_of(visit.request).name
-        keyed = KeyedRequest(scope, key, wanted.fingerprint, len(wanted.sources) * fields.n)
+        keyed = KeyedRequest(visit.caller.name, key, wanted.fingerprint, len(wanted.sources) * fields.n)
         async with self.keys.claimed(keyed, seed, visit.version) as claim:
             yield claim
 
@@ -228,14 +265,15 @@ class EditService:
         # A version that was rolled back is gone before it has made an image that anybody was sent.
         if table.entry(claim.version) is None and not await claim.move(table.default):
             message = (
-                f"Model version {claim.version}, which this Idempotency-Key has, is not served any more; use a new key."
+                f"Model version {claim.version}, which this edit was to be made by, is not served any more; send it "
+                "under a new key or id."
             )
-            raise ApiError(410, "version_gone", message, "Idempotency-Key")
+            raise ApiError(410, "version_gone", message)
         fields = wanted.request.fields
         # What a request costs does not depend on whom chance gave it to.
         steps = await self._steps(fields, table.default if self.trials.on_trial(claim.version) else claim.version)
-        self.admission.charge(ticket.caller, sum(map(_area, wanted.sources)), steps, fields.n)
-        pieces = _pieces(fields, claim.seed, wanted.sources, wanted.mask, ticket.caller.allowance.priority)
+        self.admission.charge(visit.caller, sum(map(area, wanted.sources)), steps, fields.n)
+        pieces = pieces_of(fields, claim.seed, wanted.sources, wanted.mask, ticket.caller.allowance.priority)
         return Plan(visit=visit, ticket=ticket, claim=claim, fields=fields, pieces=pieces, steps=steps)
 
     async def _steps(self, fields: EditFields, version: str) -> int:
@@ -266,19 +304,25 @@ class EditService:
                 claim = await stack.enter_async_context(self._claimed(visit, wanted, key))
             visit.version, visit.seed = claim.version, claim.seed
             if claim.kept is None:
-                plan = await self._plan(visit, ticket, wanted, claim)
-                visit.version = plan.version
-                if self.trials.on_trial(plan.version):
-                    return await self._try_out(plan, emit)
-                images = await all_or_none([self._whole(plan, piece, emit) for piece in plan.pieces])
-                self.trials.answered(plan.version, max(plan.took))
-                return images
+                return await self._made(visit, ticket, wanted, claim, emit)
         visit.replayed = True
         self.meters.replayed.inc()
         if emit is not None:
             for image in claim.kept:
                 await emit(image)
         return claim.kept
+
+    async def _made(
+        self, visit: Visit, ticket: Ticket, wanted: Wanted, claim: Claim, emit: Emit[StreamEvent] | None = None
+    ) -> list[CompletedEvent]:
+        """The images of a request, made now."""
+        plan = await self._plan(visit, ticket, wanted, claim)
+        visit.version = plan.version
+        if self.trials.on_trial(plan.version):
+            return await self._try_out(plan, emit)
+        images = await all_or_none([self._whole(plan, piece, emit) for piece in plan.pieces])
+        self.trials.answered(plan.version, max(plan.took))
+        return images
 
     async def _try_out(self, plan: Plan, emit: Emit[StreamEvent] | None) -> list[CompletedEvent]:
         """The images by a version on trial, or all of them by the default one when it fails at any.
@@ -332,7 +376,7 @@ class EditService:
             limit: seconds that the edit itself may take.
         """
         begun = time.perf_counter()
-        cost = _area(piece.job.pixels) * plan.steps
+        cost = area(piece.job.pixels) * plan.steps
         on_partial = None if emit is None else _partial_taker(plan.fields, piece, emit)
         async with plan.ticket.in_time(), self.admission.place(plan.ticket, cost):
             waited = time.perf_counter() - begun
@@ -340,9 +384,11 @@ class EditService:
                 outcome = await self.backend.edit(plan.version, piece.job, on_partial)
         plan.took.append(time.perf_counter() - begun - waited)
         outcome = replace(outcome, queue_seconds=outcome.queue_seconds + waited)
+        times = ImageTimes(begun, outcome.queue_seconds, outcome.condition_seconds, outcome.edit_seconds)
+        plan.visit.images.append(times)
         self.meters.queue.observe(outcome.queue_seconds)
         self.meters.step.observe(outcome.edit_seconds / outcome.steps)
-        picture = await asyncio.to_thread(_picture, outcome.pixels, piece, plan.fields)
+        picture = await asyncio.to_thread(picture_of, outcome.pixels, piece, plan.fields)
         event = CompletedEvent(
             b64_json=picture.b64_json,
             created_at=int(time.time()),
@@ -412,57 +458,9 @@ class EditService:
             self._probed = time.monotonic()
 
 
-def _area(pixels: Pixels) -> int:
-    return pixels.shape[0] * pixels.shape[1]
-
-
-def _decode(wanted: EditRequest, limits: Limits) -> Wanted:
-    """Read the sources, which together may have as many pixels as one alone, and the mask."""
-    if len(wanted.images) * wanted.fields.n > limits.images:
-        message = (
-            f"n is {wanted.fields.n}, of {len(wanted.images)} images; {limits.images} edits a request are allowed."
-        )
-        raise ApiError(400, "invalid_value", message, "n")
-    sources: list[Pixels] = []
-    left = limits.pixels
-    for upload in wanted.images:
-        sources.append(decode_upload(upload.data, limits, upload.name))
-        left -= _area(sources[-1])
-        if left < 0:
-            message = f"The images have together more than the {limits.pixels} pixels allowed; send fewer at a time."
-            raise ApiError(413, "image_too_large", message, upload.name)
-    mask = None if wanted.mask is None else decode_mask(wanted.mask.data, limits, sources[0], wanted.mask.name)
-    return Wanted(request=wanted, sources=sources, mask=mask, fingerprint=fingerprint(wanted))
-
-
-def _pieces(fields: EditFields, seed: int, sources: list[Pixels], mask: Mask | None, priority: int) -> list[Piece]:
-    """The edits in the order of the answer: image by image, of each seed by seed. The mask is the first image's."""
-    return [
-        Piece(
-            index=at * fields.n + number,
-            job=EditJob(
-                prompt=fields.prompt,
-                pixels=pixels,
-                seed=(seed + number) % SEED_LIMIT,
-                num_inference_steps=fields.num_inference_steps,
-                guidance_scale=fields.guidance_scale,
-                image_guidance_scale=fields.image_guidance_scale,
-                negative_prompt=fields.negative_prompt,
-                image_branch_scale=fields.image_branch_scale,
-                scheduler=fields.scheduler,
-                priority=priority,
-                partials=fields.partial_images,
-            ),
-            mask=mask if at == 0 else None,
-        )
-        for at, pixels in enumerate(sources)
-        for number in range(fields.n)
-    ]
-
-
 def _partial_taker(fields: EditFields, piece: Piece, emit: Emit[StreamEvent]) -> PartialTaker:
     async def take(index: int, pixels: Pixels) -> None:
-        picture = await asyncio.to_thread(_picture, pixels, piece, fields)
+        picture = await asyncio.to_thread(picture_of, pixels, piece, fields)
         event = PartialImageEvent(
             b64_json=picture.b64_json,
             created_at=int(time.time()),
@@ -474,10 +472,3 @@ def _partial_taker(fields: EditFields, piece: Piece, emit: Emit[StreamEvent]) ->
         await emit(event)
 
     return take
-
-
-def _picture(pixels: Pixels, piece: Piece, fields: EditFields) -> Picture:
-    finished = finish_image(pixels, piece.job.pixels, piece.mask, fields.output_size)
-    data = encode_image(finished, fields.output_format, fields.file_quality)
-    height, width = finished.shape[:2]
-    return Picture(base64.b64encode(data).decode("ascii"), f"{width}x{height}")

@@ -162,6 +162,7 @@ class EditEngine:
         shortcuts = Shortcuts(deep_every=settings.deep_every, guide_every=settings.guide_every)
         self._pipeline: InsightEditPipeline = pipeline
         self._denoiser = Denoiser(pipeline.unet, pipeline.scheduler, shortcuts, compiled=settings.compile)
+        pipeline.unet = self._denoiser.unet  # so that no weights are there twice
         self._exact = exact
         self._settings = settings
         self._patience = patience

@@ -15,8 +15,18 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from insightedit.serve.schema import SOURCES, ApiError, EditFields, ImageRef, parse_form, parse_json
-from insightedit.serve.settings import Limits
+from insightedit.serve.outbound import FailedConnectionError, RefusedAddressError, fetch
+from insightedit.serve.schema import (
+    EDIT_BODIES,
+    SOURCES,
+    ApiError,
+    Bodies,
+    EditFields,
+    ImageRef,
+    parse_form,
+    parse_json,
+)
+from insightedit.serve.settings import Destinations, Limits
 
 _CHARSET = re.compile(r"""charset\s*=\s*["']?([^"';,\s]*)""", re.IGNORECASE)
 
@@ -38,20 +48,29 @@ class EditRequest:
     mask: Upload | None = None
 
 
-async def read_edit_request(request: Request, limits: Limits) -> EditRequest:
-    """Read a body, at most `limits.body_bytes` of it.
+async def read_edit_request(
+    request: Request, limits: Limits, image_urls: Destinations, bodies: Bodies = EDIT_BODIES
+) -> EditRequest:
+    """Read a body, and the images that it names by their addresses: together at most `limits.body_bytes`.
+
+    Args:
+        request: the body's.
+        limits: what it may be.
+        image_urls: where images may be fetched from.
+        bodies: what it is made of.
 
     Raises:
         ApiError: 413 for too much, 415 for another kind of body, 400 for a broken one or a wrong field.
     """
     content_type = request.headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
-    readers = {"multipart/form-data": _read_form, "application/json": _read_json}
-    if kind not in readers:
+    if kind not in ("multipart/form-data", "application/json"):
         message = "The body must be multipart/form-data with an image and a prompt, or application/json with images."
         raise ApiError(415, "unsupported_media_type", message)
     _check_charset(content_type)
-    return await readers[kind](request, limits)
+    if kind == "multipart/form-data":
+        return await _read_form(request, limits, bodies)
+    return await _read_json(request, limits, bodies, image_urls)
 
 
 def _check_charset(content_type: str) -> None:
@@ -89,7 +108,7 @@ class _FormParser(MultiPartParser):
         super().on_part_end()
 
 
-async def _read_form(request: Request, limits: Limits) -> EditRequest:
+async def _read_form(request: Request, limits: Limits, bodies: Bodies) -> EditRequest:
     parser = _FormParser(
         request.headers, _bounded_body(request, limits), max_files=SOURCES + 1, max_fields=32, max_part_size=2**18
     )
@@ -102,7 +121,7 @@ async def _read_form(request: Request, limits: Limits) -> EditRequest:
         texts, images, masks = await _sorted_parts(form)
     finally:
         await form.close()
-    fields = parse_form(texts, limits)
+    fields = parse_form(texts, limits, bodies.form)
     if not images:
         raise ApiError(400, "missing_required_parameter", "image is missing; attach one as a file.", "image")
     if len(images) > SOURCES:
@@ -141,7 +160,7 @@ async def _file_bytes(name: str, value: UploadFile | str) -> bytes:
 # -- JSON ------------------------------------------------------------------------------------------------------------
 
 
-async def _read_json(request: Request, limits: Limits) -> EditRequest:
+async def _read_json(request: Request, limits: Limits, bodies: Bodies, image_urls: Destinations) -> EditRequest:
     text = b"".join([chunk async for chunk in _bounded_body(request, limits)])
     try:
         content: object = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
@@ -149,9 +168,20 @@ async def _read_json(request: Request, limits: Limits) -> EditRequest:
         raise ApiError(400, "invalid_json", "The body cannot be read as JSON.") from None
     if not isinstance(content, dict):
         raise ApiError(400, "invalid_json", "The body must be a JSON object with images and a prompt.")
-    body = parse_json(cast(dict[str, object], content), limits)
-    images = tuple(_referenced(image, f"images[{at}].image_url") for at, image in enumerate(body.images))
-    return EditRequest(body, images, _referenced(body.mask, "mask.image_url") if body.mask else None)
+    body = parse_json(cast(dict[str, object], content), limits, bodies.json)
+    references = {f"images[{at}].image_url": image for at, image in enumerate(body.images)}
+    if body.mask is not None:
+        references["mask.image_url"] = body.mask
+    uploads: list[Upload] = []
+    left = limits.body_bytes - len(text)
+    for name, image in references.items():  # One after the other, so that the memory is bounded.
+        if _is_data(image):
+            uploads.append(_held(image, name))
+        else:
+            uploads.append(await _fetched(image, name, image_urls, left))
+            left -= len(uploads[-1].data)
+    *images, mask = [*uploads, None] if body.mask is None else uploads
+    return EditRequest(body, tuple(upload for upload in images if upload is not None), mask)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -166,13 +196,27 @@ def _no_number(word: str) -> None:
     raise ValueError(f"{word} is not a number in JSON")
 
 
-def _referenced(image: ImageRef, name: str) -> Upload:
+def _is_data(image: ImageRef) -> bool:
+    return image.image_url[:50].lstrip().lower().startswith("data:")
+
+
+async def _fetched(image: ImageRef, name: str, allowed: Destinations, most_bytes: int) -> Upload:
+    """The file at an address."""
+    if not allowed.origins:
+        message = f"{name} is no data: URL; this server fetches nothing, so send the image itself in base64."
+        raise ApiError(400, "unsupported_value", message, name)
+    try:
+        return Upload(name, await fetch(image.image_url, allowed, most_bytes))
+    except RefusedAddressError as error:
+        raise ApiError(400, "image_url_not_allowed", f"{name}: {error}", name) from None
+    except FailedConnectionError as error:
+        raise ApiError(400, "image_url_not_fetched", f"{name}: {error}", name) from None
+
+
+def _held(image: ImageRef, name: str) -> Upload:
     """The file that a `data:` URL holds."""
     head, _, payload = image.image_url.partition(",")
     kind = head.strip().lower()
-    if not kind.startswith("data:"):
-        message = f"{name} is no data: URL; this server fetches nothing, so send the image itself in base64."
-        raise ApiError(400, "unsupported_value", message, name)
     if not kind.endswith(";base64"):
         raise ApiError(400, "invalid_value", f"{name} must be in base64, as in data:image/png;base64,....", name)
     try:

@@ -23,22 +23,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from insightedit.platform.datasets.shapes_edits import sample_edit
 from insightedit.platform.datasets.shapes_world import render
-from insightedit.serve.answers import EVENTS_SCHEMA, ImagesResponse, component_schemas, request_body
+from insightedit.serve.answers import EVENTS_SCHEMA, ImagesResponse, Job, WebhookSecret, component_schemas, request_body
 from insightedit.serve.backend import Backend
 from insightedit.serve.door import Access, Door
+from insightedit.serve.edit_jobs import JobId, JobService
 from insightedit.serve.edits import EditService
-from insightedit.serve.idempotency import KEY_PARAMETER, IdempotencyKeys
+from insightedit.serve.idempotency import KEY_PARAMETER
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import CONTENT_TYPE, Meters
 from insightedit.serve.schema import SEED_LIMIT, ApiError, ErrorResponse
-from insightedit.serve.settings import Limits, RolloutSettings, StateSettings
-from insightedit.serve.state_store import SqliteStore
+from insightedit.serve.settings import Destinations, Limits, RolloutSettings
+from insightedit.serve.shared import Shared
+from insightedit.serve.traces import TraceLayer, Traces
 from insightedit.serve.trials import Trials
 from insightedit.serve.uploads import encode_image
 
 logger = logging.getLogger(LOGGER)
 
 EDIT_PATH = "/v1/images/edits"
+JOB_PATH = EDIT_PATH + "/jobs/{job_id}"
 PAGE = Path(__file__).parent / "page"
 # Nothing comes from another host; an image shown is one the user chose or got.
 CONTENT_POLICY = "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; form-action 'self'"
@@ -142,6 +145,52 @@ def _add_health(app: FastAPI, service: EditService) -> None:
     route("/readyz", service.probe, "An edit of one step works; tried at most every half minute.")
 
 
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse}
+    for status in (400, 401, 403, 404, 408, 409, 410, 413, 415, 422, 429, 431, 503, 504)
+}
+"""What any request about an edit may be answered with."""
+
+
+def _add_edits(app: FastAPI, service: EditService) -> None:
+    stream = {200: {"content": {"text/event-stream": {"schema": EVENTS_SCHEMA}}}}
+
+    @app.post(
+        EDIT_PATH,
+        response_model=ImagesResponse,
+        responses={**_ERRORS, **stream},
+        openapi_extra={"requestBody": request_body("Edit"), "parameters": [KEY_PARAMETER]},
+    )
+    async def create_image_edit(request: Request) -> Response:
+        return await service.answer(request)
+
+
+def _add_jobs(app: FastAPI, jobs: JobService) -> None:
+    @app.put(
+        JOB_PATH,
+        status_code=202,
+        response_model=Job,
+        responses={200: {"model": Job, "description": "It was sent before"}, **_ERRORS},
+        openapi_extra={"requestBody": request_body("Job")},
+        summary="Have an edit done later, under an id of your own.",
+    )
+    async def create_image_edit_job(request: Request, job_id: JobId) -> Response:
+        return await jobs.create(request, job_id)
+
+    @app.get(JOB_PATH, responses=_ERRORS, summary="How a job is, and its images.")
+    async def get_image_edit_job(request: Request, job_id: JobId) -> Job:
+        return await jobs.find(request, job_id)
+
+    @app.post(f"{JOB_PATH}/cancel", responses=_ERRORS, summary="Cancel a job that has not ended.")
+    async def cancel_image_edit_job(request: Request, job_id: JobId) -> Job:
+        return await jobs.cancel(request, job_id)
+
+    @app.get("/v1/webhooks/secret", summary="The key that your webhooks are signed with.", responses=_ERRORS)
+    async def get_webhook_secret(request: Request, response: Response) -> WebhookSecret:
+        response.headers["cache-control"] = "no-store"
+        return await jobs.webhook_secret(request)
+
+
 class _Application(FastAPI):
     """FastAPI, whose document also has the bodies that the gateway reads by itself."""
 
@@ -158,8 +207,10 @@ def build_app(
     meters: Meters,
     sets_request_id: bool = True,
     access: Access | None = None,
-    keys: IdempotencyKeys | None = None,
+    shared: Shared | None = None,
     trials: Trials | None = None,
+    image_urls: Destinations | None = None,
+    traces: Traces | None = None,
 ) -> FastAPI:
     """The whole HTTP interface over some backend.
 
@@ -169,17 +220,19 @@ def build_app(
         meters: where to count.
         sets_request_id: whether to answer with `x-request-id`; Serve's own proxy does so already.
         access: who may come in; anybody without it.
-        keys: what is kept of requests under an `Idempotency-Key`; without it, in this process alone.
+        shared: what it has in common with other gateways; nothing without it.
         trials: its part of rollouts; without it, the backend's table stays.
+        image_urls: where images may be fetched from; nowhere without it.
+        traces: where edits are traced; nowhere without it.
     """
-    settings = StateSettings()
-    keys = keys or IdempotencyKeys(SqliteStore(":memory:", settings.bytes), settings)
-    followed = trials or Trials(backend, RolloutSettings(), SqliteStore(":memory:", settings.bytes), None)
-    service = EditService(backend, limits, meters, keys, followed)
+    shared = shared or Shared.in_this_process(limits)
+    followed = trials or Trials(backend, RolloutSettings(), shared.store, None)
+    service = EditService(backend, limits, meters, shared.keys, followed, image_urls or Destinations())
+    jobs = JobService(service, shared.book, shared.webhooks, access or Access(None))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        async with followed.following():
+        async with followed.following(), jobs.at_work():
             yield
 
     # FastAPI's documentation pages load scripts from another host; /openapi.json stays.
@@ -187,21 +240,12 @@ def build_app(
     if access is not None:
         app.add_middleware(Door, access=access, meters=meters)
     app.add_middleware(OuterLayer, sets_request_id=sets_request_id)
+    if traces is not None:
+        app.add_middleware(TraceLayer, traces=traces)
     _add_error_handlers(app)
     _add_health(app, service)
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 410, 413, 415, 422, 429, 431, 503, 504)
-    }
-    stream = {200: {"content": {"text/event-stream": {"schema": EVENTS_SCHEMA}}}}
-
-    @app.post(
-        EDIT_PATH,
-        response_model=ImagesResponse,
-        responses={**errors, **stream},
-        openapi_extra={"requestBody": request_body(), "parameters": [KEY_PARAMETER]},
-    )
-    async def create_image_edit(request: Request) -> Response:
-        return await service.answer(request)
+    _add_edits(app, service)
+    _add_jobs(app, jobs)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, object]:

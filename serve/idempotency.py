@@ -45,6 +45,8 @@ KEY_PARAMETER: dict[str, Any] = {
 """What the OpenAPI document says of it."""
 IMAGES_PART = 0.5
 """Of the store that images of keys may fill: they can be made again, what else is in it cannot."""
+# Without the store there is no answer under a key: it might be a second one.
+_UNAVAILABLE = "What Idempotency-Key needs is not to be had at present; send the request again, or without the key."
 _RENEWALS = 3
 """Of a lease while it lasts: one that comes late does no harm."""
 _NOT_COMPARED = frozenset({"stream", "partial_images", "timeout"})
@@ -180,7 +182,7 @@ class IdempotencyKeys:
         Raises:
             ApiError: 422 if the key is another request's, 503 if the store is not to be had.
         """
-        with _store_errors():
+        with store_errors(_UNAVAILABLE):
             taken = await self._take(request, seed, version)
         if isinstance(taken, Claim):
             yield taken
@@ -223,7 +225,7 @@ class IdempotencyKeys:
         Raises:
             ApiError: 503 if the store is not to be had.
         """
-        with _store_errors():
+        with store_errors(_UNAVAILABLE):
             marks = [await self._store.get(f"digest/{request.name}/{index}") for index in range(request.images)]
         return any(mark is not None for mark in marks)
 
@@ -237,7 +239,7 @@ class IdempotencyKeys:
         digest = hashlib.sha256(image.b64_json.encode()).digest()
         whole = {file: Entry(image.model_dump_json().encode(), now + self._settings.answer_seconds)}
         marked = {mark: Entry(digest, now + self._settings.key_seconds)}
-        with _store_errors():
+        with store_errors(_UNAVAILABLE):
             try:
                 first = await self._store.change({mark: None}, {**whole, **marked}, IMAGES_PART)
             except StoreFullError:
@@ -304,11 +306,10 @@ class _Lease:
 
 
 @contextmanager
-def _store_errors() -> Generator[None]:
-    """Without the store there is no answer under a key: it might be a second one."""
+def store_errors(message: str) -> Generator[None]:
+    """Refuse, with a message, what needs the store while that is not to be had."""
     try:
         yield
     except (StoreFullError, StoreUnreachableError) as error:
-        logger.warning("a request under an idempotency key is refused: %s", error)
-        message = "What Idempotency-Key needs is not to be had at present; send the request again, or without the key."
+        logger.warning("a request that needs the store is refused: %s", error)
         raise ApiError(503, "unavailable", message, retry_after=1) from None

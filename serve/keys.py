@@ -201,6 +201,16 @@ class KeyRing:
                 found = kept
         return None if found is None or found.is_expired(datetime.now(UTC)) else found
 
+    def named(self, name: str) -> ApiKey | None:
+        """What is kept of the key of a name, if it counts now.
+
+        Raises:
+            InsightEditError: the keys cannot be read.
+        """
+        self._look()
+        found = next((kept for kept in self._keys if kept.name == name), None)
+        return None if found is None or found.is_expired(datetime.now(UTC)) else found
+
     def _look(self) -> None:
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return

@@ -27,6 +27,11 @@ ALL_ADDRESSES = "0.0.0.0"  # noqa: S104
 """Of the pod: that of the service is one of them. Callers must show API keys, as the pods' network is everybody's."""
 
 
+MOVE_SECONDS = 90
+"""What replicas on other pods may take to start, so that those of a pod that goes can stop; a proxy takes half a minute
+to go."""
+
+
 def serving_manifest(
     kube: KubeConfig, name: str, version: str, aliases: tuple[str, ...], settings: ServeSettings
 ) -> Manifest:
@@ -123,17 +128,26 @@ def serving_groups(kube: KubeConfig, settings: ServeSettings) -> list[PodGroup]:
     models = {"conditioner": settings.conditioner, "editor": settings.editor}
     gpus = max(math.ceil(scaling.gpus) for scaling in models.values())
     return [
-        _group("gateway", kube.gateway, {"gateway": settings.gateway}, 0),
-        _group("serve", kube.serve, models, gpus),
+        _group("gateway", kube.gateway, {"gateway": settings.gateway}, 0, settings.grace_seconds),
+        _group("serve", kube.serve, models, gpus, settings.grace_seconds),
     ]
 
 
-def _group(name: str, pods: PodsConfig, deployments: dict[str, Scaling], gpus: int) -> PodGroup:
-    """Enough pods even where replicas of two deployments never share one."""
+def _group(name: str, pods: PodsConfig, deployments: dict[str, Scaling], gpus: int, replica_seconds: float) -> PodGroup:
+    """Enough pods even where replicas of two deployments never share one, each with time to let them finish."""
     room = {key: _replicas_in_a_pod(name, key, scaling, pods, gpus) for key, scaling in deployments.items()}
     least = sum(math.ceil(scaling.min_replicas / room[key]) for key, scaling in deployments.items())
     most = sum(math.ceil(scaling.max_replicas / room[key]) for key, scaling in deployments.items())
-    return PodGroup(name=name, place=name, cpus=pods.cpus, gpus=gpus, least=least, most=most, placement=pods)
+    return PodGroup(
+        name=name,
+        place=name,
+        cpus=pods.cpus,
+        gpus=gpus,
+        least=least,
+        most=most,
+        placement=pods,
+        grace_seconds=math.ceil(replica_seconds + MOVE_SECONDS),
+    )
 
 
 def _replicas_in_a_pod(group: str, deployment: str, scaling: Scaling, pods: PodsConfig, gpus: int) -> int:

@@ -23,7 +23,13 @@ def logging_config(settings: ServeSettings) -> dict[str, Any]:
 
 
 def log_edit(
-    caller: str, version: str, status: int, seconds: float, code: str | None = None, user: str | None = None
+    caller: str,
+    version: str,
+    status: int,
+    seconds: float,
+    code: str | None = None,
+    user: str | None = None,
+    job: str | None = None,
 ) -> None:
     """Write down how an edit request ended.
 
@@ -34,7 +40,8 @@ def log_edit(
         seconds: from the request's arrival to its answer.
         code: of the error, if it was one.
         user: whom the caller asks for, in the caller's words.
+        job: its id, if it is one, in the caller's words; its status is 200 or 500, and its time from when it came.
     """
     extra = {"api_key": caller, "model_version": version, "status": status, "seconds": round(seconds, 4), "code": code}
-    extra["user"] = user
+    extra |= {"user": user, "job": job}
     logger.info("edit", extra=extra)

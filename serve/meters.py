@@ -40,6 +40,11 @@ class Meters:
             "Edit requests answered with what was kept under their Idempotency-Key.",
             registry=self._registry,
         )
+        self.jobs = Counter(
+            "insightedit_edit_jobs", "Jobs that have ended, by how.", ["status"], registry=self._registry
+        )
+        for status in ("completed", "failed", "cancelled"):
+            self.jobs.labels(status)  # There from the beginning, so that a first one is seen as a change.
         self.stood_in = Counter(
             "insightedit_edit_stood_in",
             "Edits that a version on trial failed at, and the default one made; by the one that failed.",

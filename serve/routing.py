@@ -29,12 +29,13 @@ from insightedit.serve.backend import (
 from insightedit.serve.door import Access
 from insightedit.serve.fleet import FleetStatus, fleet_status
 from insightedit.serve.gateway import build_app
-from insightedit.serve.idempotency import IdempotencyKeys
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import Meters
 from insightedit.serve.schema import ApiError, overloaded
 from insightedit.serve.settings import Limits, ServeSettings
+from insightedit.serve.shared import Shared
 from insightedit.serve.state_store import open_store
+from insightedit.serve.traces import Traces
 from insightedit.serve.trials import Trials
 
 logger = logging.getLogger(LOGGER)
@@ -184,10 +185,12 @@ class Gateway:
         own = ServeSettings.model_validate(settings)
         self._limits = own.limits
         self._access = Access.of(own)
+        self._image_urls = own.image_urls
         self._meters = Meters()
         self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits, self._meters)
         store = open_store(own.state.url, Workdir.open().root / "state.db", own.state.bytes)
-        self._keys = IdempotencyKeys(store, own.state)
+        self._shared = Shared.of(store, own.state, own.limits, own.webhooks)
+        self._traces = Traces(own.traces) if own.traces.url else None
         self._trials = Trials(self._backend, own.rollout, store, channel)
 
     def reconfigure(self, table: dict[str, Any]) -> None:
@@ -196,7 +199,17 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve puts behind the route."""
-        app = build_app(self._backend, self._limits, self._meters, False, self._access, self._keys, self._trials)
+        app = build_app(
+            self._backend,
+            self._limits,
+            self._meters,
+            sets_request_id=False,
+            access=self._access,
+            shared=self._shared,
+            trials=self._trials,
+            image_urls=self._image_urls,
+            traces=self._traces,
+        )
         app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
         return app
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -125,13 +126,25 @@ class EditFields(BaseModel):
         return 100 if self.output_compression is None else self.output_compression
 
 
+class JobFields(EditFields):
+    """The fields of a job."""
+
+    model_config = ConfigDict(title="JobFields")
+
+    webhook: Annotated[str, Field(min_length=1, max_length=2048, json_schema_extra={"format": "uri"})] | None = None
+    """Address that is told how the job ended, as Standard Webhooks are; only where the server's config allows."""
+    webhook_images: bool = False
+    """Whether it is told the images as well."""
+
+
 class ImageRef(BaseModel):
     """An image in a JSON body."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    image_url: Annotated[str, Field(json_schema_extra={"format": "uri", "pattern": "^data:"})]
-    """A `data:` URL in base64, as in `data:image/png;base64,iVBORw0...`. The type in it plays no part."""
+    image_url: Annotated[str, Field(json_schema_extra={"format": "uri"})]
+    """A `data:` URL in base64, as in `data:image/png;base64,iVBORw0...`, the type in which plays no part; or the
+    address of an image, where the server's config allows it."""
 
 
 class EditBody(EditFields):
@@ -144,6 +157,23 @@ class EditBody(EditFields):
     mask: ImageRef | None = None
     """A PNG of the first image's size; the image changes where its alpha is 0."""
 
+
+class JobBody(JobFields, EditBody):
+    """A JSON body of a job."""
+
+    model_config = ConfigDict(title="JobBody")
+
+
+@dataclass(frozen=True, slots=True)
+class Bodies:
+    """What a request's body is made of, as a form and as JSON."""
+
+    form: type[EditFields]
+    json: type[EditBody]
+
+
+EDIT_BODIES = Bodies(EditFields, EditBody)
+JOB_BODIES = Bodies(JobFields, JobBody)
 
 # What OpenAI's interface has and this one does not honour, and what does something like it here.
 _OPENAI_ONLY = {
@@ -160,22 +190,22 @@ _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_p
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
-def parse_form(values: Mapping[str, str], limits: Limits) -> EditFields:
-    """Check the text fields of a form.
+def parse_form(values: Mapping[str, str], limits: Limits, kind: type[EditFields] = EditFields) -> EditFields:
+    """Check the text fields of a form, which is of a kind.
 
     Raises:
         ApiError: 400, naming the first field that is wrong, unknown or not supported.
     """
     try:
-        fields = EditFields.model_validate(dict(values))
+        fields = kind.model_validate(dict(values))
     except ValidationError as error:
-        raise _field_error(error, [*EditFields.model_fields, "image", "mask"]) from None
+        raise _field_error(error, [*kind.model_fields, "image", "mask"]) from None
     _check_fields(fields, limits)
     return fields
 
 
-def parse_json(values: Mapping[str, object], limits: Limits) -> EditBody:
-    """Check the object of a JSON body, in which null is as good as nothing.
+def parse_json(values: Mapping[str, object], limits: Limits, kind: type[EditBody] = EditBody) -> EditBody:
+    """Check the object of a JSON body, which is of a kind and in which null is as good as nothing.
 
     Raises:
         ApiError: 400, naming the first field that is wrong, unknown or not supported.
@@ -183,9 +213,9 @@ def parse_json(values: Mapping[str, object], limits: Limits) -> EditBody:
     given = {name: value for name, value in values.items() if value is not None}
     try:
         # JSON has types of its own: a number in quotes is wrong.
-        body = EditBody.model_validate(given, strict=True)
+        body = kind.model_validate(given, strict=True)
     except ValidationError as error:
-        raise _field_error(error, list(EditBody.model_fields)) from None
+        raise _field_error(error, list(kind.model_fields)) from None
     _check_fields(body, limits)
     return body
 

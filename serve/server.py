@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -45,6 +46,8 @@ from insightedit.serve.trials import Channel
 ray: Any = untyped_ray
 serve: Any = untyped_serve
 
+DRAIN_SECONDS = 10.0
+"""What it may take to have the gateways stopped, beside what they have in hand."""
 LOGICAL_CPUS = 8
 """Ray's count. What its actors take of it is a share, not a limit, so it may exceed the machine's."""
 
@@ -90,6 +93,21 @@ def deploy(plan: ServePlan, channel: str | None = None) -> None:
             serve.RunTarget(gateway_application(table, settings, channel), name=GATEWAY_APPLICATION, route_prefix="/"),
         ]
     )
+
+
+@contextmanager
+def draining(settings: ServeSettings) -> Generator[None]:
+    """At the end of the block, let the gateways finish what they have in hand and take nothing more.
+
+    Serve's own shutdown begins with the proxies, and cuts what goes through them.
+    """
+    try:
+        yield
+    finally:
+        serve.delete(GATEWAY_APPLICATION, _blocking=False)
+        end = time.monotonic() + settings.grace_seconds + DRAIN_SECONDS
+        while GATEWAY_APPLICATION in serve.status().applications and time.monotonic() < end:
+            time.sleep(0.1)
 
 
 @contextmanager
@@ -159,6 +177,7 @@ def main(plan_file: str) -> None:
         model_version=plan.version,
         aliases=plan.aliases,
         pid=os.getpid(),
+        stop_seconds=plan.settings.stop_seconds,
         created=psutil.Process().create_time(),
         log=Path(plan_file).with_suffix(".log"),
     )
@@ -172,7 +191,7 @@ def main(plan_file: str) -> None:
             deploy(plan, channel)
             state = state.model_copy(update={"state": "up"})
             write_state(workdir, state)
-            with following(plan, workdir, channel, state):
+            with draining(plan.settings), following(plan, workdir, channel, state):
                 stopped.wait()
     finally:
         clear_state(workdir)

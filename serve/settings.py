@@ -43,6 +43,10 @@ class Limits(_Settings):
     """Edit requests that one gateway replica works on or keeps waiting; beyond them it answers 429."""
     places: Count = 8
     """Images that one gateway replica has edited at a time; whose turn is next when one is free is settled fairly."""
+    jobs: Count = 100
+    """Jobs of one caller that wait or are done at a time; beyond them it gets 429."""
+    jobs_at_once: Count = 4
+    """Jobs that one gateway replica does at a time, half of `in_flight` at most; the others wait in the store."""
     retry_after: Count = 2
     """Seconds that a refused client is asked to wait."""
     edit_seconds: Seconds = 120.0
@@ -134,7 +138,10 @@ class StateSettings(_Settings):
     key_seconds: Seconds = 86_400.0
     """How long an `Idempotency-Key` is remembered, with the seed and the version of its edit."""
     answer_seconds: Seconds = 3600.0
-    """How long the images made for an `Idempotency-Key` are kept; afterwards a retry has them made again."""
+    """How long the images made for an `Idempotency-Key` are kept, after which a retry has them made again; and those of
+    a job."""
+    job_seconds: Seconds = 86_400.0
+    """How long a job may wait and be done, and how long it is known afterwards."""
     lease_seconds: Annotated[float, Field(ge=0.5)] = 10.0
     """How long a gateway that says nothing any more counts as alive: then another one takes its work over."""
 
@@ -207,6 +214,15 @@ class RolloutSettings(_Settings):
         return self
 
 
+class TraceSettings(_Settings):
+    """Where traces of edits go."""
+
+    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    """Of an OpenTelemetry collector, as in `http://127.0.0.1:4318/v1/traces`; without it there are none."""
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Of the requests that are traced. A caller's own `traceparent` decides for its request."""
+
+
 class ServeSettings(_Settings):
     """Everything `insightedit serve up` can be told beside the model version and the port."""
 
@@ -230,7 +246,22 @@ class ServeSettings(_Settings):
     editor: Scaling = Scaling(max_ongoing=16)
     engine: EngineSettings = EngineSettings()
     state: StateSettings = StateSettings()
+    image_urls: Destinations = Destinations()
+    """Where images may lie that a JSON body names by their addresses instead of holding them."""
+    webhooks: Destinations = Destinations()
+    """Where jobs may have their ends told."""
     rollout: RolloutSettings = RolloutSettings()
+    traces: TraceSettings = TraceSettings()
+
+    @property
+    def grace_seconds(self) -> float:
+        """How long a replica that is taken away may finish what it has begun: longer than the longest edit."""
+        return self.limits.edit_seconds + 10
+
+    @property
+    def stop_seconds(self) -> float:
+        """How long the whole server may take to stop: its gateways first, then what is behind them, then Ray."""
+        return self.grace_seconds + 90
 
     @property
     def sleeps(self) -> bool:

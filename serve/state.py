@@ -43,6 +43,8 @@ class ServeState(BaseModel):
     model_version: str
     aliases: tuple[str, ...]
     pid: int
+    stop_seconds: float = 180.0
+    """How long it may take to stop."""
     created: float
     """When the process began, in seconds since the epoch: tells it from a later one with the same number."""
     log: Path

@@ -39,7 +39,7 @@ async def while_client_stays(receive: Receive, work: Coroutine[Any, Any, Result]
             raise ClientDisconnect
         return task.result()
     finally:
-        await _end(task, leaving)
+        await end_all(task, leaving)
 
 
 async def _left(receive: Receive) -> None:
@@ -53,10 +53,11 @@ async def all_or_none(works: list[Coroutine[Any, Any, Result]]) -> list[Result]:
     try:
         return await asyncio.gather(*tasks)
     finally:
-        await _end(*tasks)
+        await end_all(*tasks)
 
 
-async def _end(*tasks: asyncio.Future[Any]) -> None:
+async def end_all(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks, and return when they have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -75,7 +76,7 @@ class Running(Generic[Event]):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await _end(self._task)
+        await end_all(self._task)
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self

@@ -313,11 +313,36 @@ def heads() -> Iterator[tuple[str, Hostile]]:
         yield f"path {path[:40]}", Hostile(method="GET", path=path, content_type=None)
 
 
+def jobs() -> Iterator[tuple[str, Hostile]]:
+    """Jobs that cannot be, of others, or that are not there."""
+    jobs = f"{PATH}/jobs/"
+    for name in ("..", "..%2f..%2fetc%2fpasswd", "%00", "a%0d%0aset-cookie:%20x", "a" * 200, "%ff", "a%20b", "-rf", ""):
+        yield f"id {name[:30] or 'of nothing'}", Hostile(method="PUT", path=jobs + name, body=form())
+    yield "no image", Hostile(method="PUT", path=jobs + "a", body=form(b""))
+    for address in (
+        "http://127.0.0.1:8265/api/jobs/",
+        "http://169.254.169.254/",
+        "file:///etc/passwd",
+        "x" * 5000,
+        "\0",
+    ):
+        yield f"webhook {address[:30]}", Hostile(method="PUT", path=jobs + "a", body=form(None, webhook=address))
+    yield "bomb", Hostile(method="PUT", path=jobs + "a", body=form(encoded(Image.new("1", (20_000, 20_000)))))
+    yield "stream", Hostile(method="PUT", path=jobs + "a", body=form(None, stream="true"))
+    yield "unknown field", Hostile(method="PUT", path=jobs + "a", body=form(None, owner="me"))
+    yield "claims 21 MB", Hostile(method="PUT", path=jobs + "a", length=str(21 << 20))
+    yield "another method", Hostile(method="DELETE", path=jobs + "a", content_type=None)
+    yield "a form where a body has no place", Hostile(path=jobs + "a/cancel", body=form())
+    yield "unknown id", Hostile(method="GET", path=jobs + "a", content_type=None)
+    yield "list of all", Hostile(method="GET", path=jobs[:-1], content_type=None)
+    yield "list by pattern", Hostile(method="GET", path=jobs + "*", content_type=None)
+
+
 def corpus() -> dict[str, Hostile]:
     """All of them by name."""
     found = {f"image: {name}": Hostile(body=form(data)) for name, data in images()}
     found |= {f"field: {name}": Hostile(body=form(None, **fields)) for name, fields in FIELDS.items()}
-    for kind, cases in (("form", parts()), ("json", jsons()), ("head", heads())):
+    for kind, cases in (("form", parts()), ("json", jsons()), ("head", heads()), ("job", jobs())):
         found |= {f"{kind}: {name}": case for name, case in cases}
     return found
 

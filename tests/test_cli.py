@@ -16,6 +16,7 @@ import dataset_folders
 import pytest
 import yaml
 from empty_registry import make_workdir
+from judged_versions import empty_pipeline, even_table, keep_evaluation
 from PIL import Image
 from tiny_models import build_sources, tiny_config, write_tiny_preset
 
@@ -53,8 +54,14 @@ class Outcome:
         assert len(self.err.strip().splitlines()) == 1, self.err
 
 
+@pytest.fixture(scope="module")
+def deepspeed_has_spoken() -> None:
+    """DeepSpeed looks for a compiler's libraries when it is imported; the linker then says what is not there."""
+    import insightedit.platform.engine  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+
 @pytest.fixture
-def insightedit(capfd: pytest.CaptureFixture[str]) -> Any:
+def insightedit(capfd: pytest.CaptureFixture[str], deepspeed_has_spoken: None) -> Any:
     """Run a command in this process."""
 
     def run(*arguments: str | Path) -> Outcome:
@@ -419,21 +426,35 @@ def test_edit_refuses_broken_images_and_endless_instructions(
 
 
 def test_promote_and_rollback_say_what_they_did(insightedit: Any, no_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    registry = Registry(Workdir.open(no_model))
-    run_id = registry.client.create_run(ensure_experiment(registry.client, Workdir.open(no_model))).info.run_id
-    for score in ("0.6", "0.8", "0.7"):
-        registry.register(tmp_path / "pipeline", run_id, {"viescore": score, "evaluation.cases": "the same"})
-    assert insightedit("promote", "1").out == "champion - -> 1, VIEScore 0.600\n"
-    assert insightedit("promote", "2", "--dry-run").out == "Would move champion 1 -> 2, VIEScore 0.800\n"
-    moved = insightedit("promote", "2", "--json").json
-    assert (moved["before"], moved["champion"], moved["dry_run"]) == ("1", "2", False)
+    workdir = Workdir.open(no_model)
+    registry = Registry(workdir)
+    run_id = registry.client.create_run(ensure_experiment(registry.client, workdir)).info.run_id
+    for score in (0.6, 0.8, 0.7):
+        tags = keep_evaluation(registry, workdir, even_table(score), "the same")
+        registry.register(empty_pipeline(tmp_path / "pipeline"), run_id, tags)
+    quick = ["--set", "promotion.max_latency_ratio=0"]
+    assert insightedit("promote", "1", *quick).out.splitlines() == [
+        "champion - -> 1, VIEScore 0.600",
+        "  passed  minimum: its VIEScore is 0.600 on 80 cases, and a champion needs more than 0.500",
+    ]
+    dry = insightedit("promote", "2", "--dry-run", *quick)
+    planned = dry.out.splitlines()
+    assert planned, dry.err
+    assert planned[0] == "Would move champion 1 -> 2, VIEScore 0.800"
+    assert "passed  better: its VIEScore differs from the champion's by +0.200" in planned[3]
+    moved = insightedit("promote", "2", "--json", *quick).json
+    assert (moved["before"], moved["champion"], moved["dry_run"], moved["entry"]) == ("1", "2", False, 2)
     assert insightedit("promote", "2").out == "Version 2 is the champion already.\n"
-    insightedit("promote").assert_one_sentence(3, "Version 3 is not promoted", "0.700", "0.800")
-    assert insightedit("rollback", "--dry-run").out == "Would move champion 2 -> 1\n"
-    assert insightedit("rollback", "--reason", "it paints", "--json").json["champion"] == "1"
-    assert insightedit("models", "show").out.splitlines()[0] == "insightedit 1"
+    refused = ("Version 3 is not promoted in place of version 2", "[better]", "-0.100", "test-000-simple (-0.10)")
+    insightedit("promote", *quick).assert_one_sentence(3, *refused)
+    told = insightedit("promote", "--json", *quick)
+    assert (told.code, json.loads(told.out)["evidence"]["viescore"]) == (3, 0.7)
+    insightedit("promote", "3", "--force").assert_one_sentence(2, "--force needs --reason")
+    forced = insightedit("promote", "3", "--force", "--reason", "2 is ugly", *quick).out
+    assert "REFUSED better" in forced
+    assert insightedit("rollback", "--dry-run").out == "Would move champion 3 -> 2\n"
+    assert insightedit("rollback", "--reason", "it paints", "--json").json["champion"] == "2"
+    assert insightedit("models", "show").out.splitlines()[0] == "insightedit 2"
 
 
 def test_the_first_champion_cannot_be_rolled_back(insightedit: Any, work_with_a_model: Path) -> None:

@@ -18,9 +18,10 @@ from stand_in_endpoint import Asked, Reaction, Say, StandIn, Status, in_turn
 from tiny_models import build_sources, tiny_config
 
 from insightedit.jobs.evaluate import CONTROL_SCENES, Progress, editor_pool, evaluate, evaluate_quickly
+from insightedit.jobs.latency import measure_latency
 from insightedit.model.insightedit import build_pipeline
 from insightedit.platform.chat.config import EndpointConfig
-from insightedit.platform.config import EvaluationConfig, RunConfig, load_preset
+from insightedit.platform.config import DatasetConfig, EvaluationConfig, RunConfig, load_preset
 from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.evaluation import (
     EditCase,
@@ -53,7 +54,8 @@ class Oracle:
 
     def _one(self, case: EditCase) -> Pixels:
         source = unit_range(case.source)
-        target = unit_range(self._targets.get((case.instruction, case.source.tobytes()), case.source))
+        found = self._targets.get((case.instruction, case.source.tobytes()))
+        target = source if found is None else unit_range(found)
         return (source + np.float32(self._share) * (target - source)).clip(0, 1)
 
 
@@ -79,13 +81,16 @@ def test_cases_follow_from_the_config(config: RunConfig, cases: list[EditCase]) 
     assert [case.key for case in evaluation_cases(config.evaluation, 5)] == [case.key for case in cases[:10]]
     other = evaluation_cases(EvaluationConfig(scenes=SCENES, seed=1))
     assert cases_fingerprint(other) != cases_fingerprint(cases)
-    with pytest.raises(UsageError, match=r"evaluation\.reader is 'seed'"):
-        evaluation_cases(EvaluationConfig(reader="seed"))
+    with pytest.raises(UsageError, match=r"evaluation\.benchmark is 'seed'; benchmarks are "):
+        evaluation_cases(EvaluationConfig(benchmark=DatasetConfig(reader="seed")))
+    assert len(evaluation_cases(EvaluationConfig())) == 400
 
 
 def test_both_instructions_of_a_scene_start_from_the_same_noise(cases: list[EditCase]) -> None:
     for simple, advanced in zip(cases[::2], cases[1::2], strict=True):
         assert simple.seed == advanced.seed
+        assert simple.target is not None
+        assert advanced.target is not None
         assert np.array_equal(simple.target, advanced.target)
         assert simple.instruction != advanced.instruction
 
@@ -98,7 +103,7 @@ def test_shuffling_gives_every_scene_the_instruction_of_another(cases: list[Edit
     for case, before in zip(shuffled(cases), cases, strict=True):
         assert case.instruction not in own[case.source.tobytes()]
         assert asked[case.instruction] >= 1
-        assert np.array_equal(case.target, before.target)
+        assert case.target is before.target
         assert case.wording == before.wording
     with pytest.raises(UsageError, match="2 scenes or more"):
         shuffled(cases[:2])
@@ -200,6 +205,11 @@ def test_real_pipelines_on_ray(config: RunConfig, tmp_path: Path) -> None:
         assert np.array_equal(edits, pool.edit(folder, cases))
         with pytest.raises(InsightEditError, match=r"The edits of .*nowhere failed"):
             pool.edit(tmp_path / "nowhere", cases)
+        seconds = measure_latency([folder, folder], quick, rounds=1)
+        with pytest.raises(InsightEditError, match=r"An edit of .*nowhere failed"):
+            measure_latency([folder, tmp_path / "nowhere"], quick, edits=1, rounds=1)
+    assert len(seconds) == 2
+    assert max(seconds) / min(seconds) < 3, "the same pipeline, measured in turn"
     assert told == [(3, 8), (6, 8), (8, 8)]
     assert first == figures(judge(cases, edits))
     assert first.viescore < 0.6

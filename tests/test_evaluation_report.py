@@ -73,6 +73,7 @@ class Halfway:
         return [self._one(number, case) for number, case in enumerate(cases)]
 
     def _one(self, number: int, case: EditCase) -> Pixels:
+        assert case.target is not None
         source, target = unit_range(case.source), unit_range(case.target)
         return (source + np.float32(self._shares[number % len(self._shares)]) * (target - source)).clip(0, 1)
 

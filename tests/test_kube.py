@@ -243,6 +243,15 @@ def test_a_training_pod_says_when_it_goes() -> None:
     assert "--deadline-remaining-seconds 55" in command[-1]
 
 
+def test_a_serving_pod_lets_its_edits_finish() -> None:
+    settings = ServeSettings.model_validate({"limits": {"edit_seconds": 300}})
+    groups = groups_of(serving_manifest(KubeConfig(), "editor", "3", (), settings)["spec"]["rayClusterConfig"])
+    for name in ("gateway", "serve"):
+        assert groups[name]["template"]["spec"]["terminationGracePeriodSeconds"] > settings.grace_seconds > 300
+        command = container_of(groups[name])["lifecycle"]["preStop"]["exec"]["command"]
+        assert "ServeReplica" in command[-1]
+
+
 def test_serving_pods_hold_every_replica_there_may_be() -> None:
     settings = ServeSettings.model_validate(
         {

@@ -25,6 +25,7 @@ from insightedit.platform.errors import InsightEditError
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.client import Patience, edit_over_http
 from insightedit.serve.deployment import down, up
+from insightedit.serve.job_client import JobClient, images_of
 from insightedit.serve.settings import read_settings
 
 KINDS = ("Editor", "Conditioner", "Gateway")
@@ -176,18 +177,25 @@ def storm(served: Served, kinds: list[str], pause: float) -> dict[str, int]:
     chance = random.Random(7)
     expected = {seed: edit(served, seed) for seed in SEEDS}
     load = Load(served, LOAD * capacity(served))
+    jobs = JobClient(str(served.status.url), Patience(unreachable_retries=10))
+    sent: list[tuple[int, str]] = []
     with load.running():
         for kind in kinds:
             time.sleep(pause * chance.uniform(0.5, 1.5))
+            for seed in (0, 1):
+                job = jobs.submit(png(picture()), PROMPT, seed=seed, num_inference_steps=STEPS)
+                sent.append((seed, job.id))
             strike(served, kind, chance)
-    return {"kills": len(kinds), **load.counts(expected)}
+        ended = [(seed, jobs.wait(job_id, 60)) for seed, job_id in sent]
+    wrong = sum(job.result is None or images_of(job) != (expected[seed],) for seed, job in ended)
+    return {"kills": len(kinds), "wrong_jobs": wrong, **load.counts(expected)}
 
 
 @pytest.mark.timeout(300)
 def test_a_short_storm_loses_and_doubles_nothing(served: Served) -> None:
     counts = storm(served, [*KINDS], pause=3)
     assert counts.pop("requests") > 0
-    assert counts == {"kills": 3, "lost": 0, "doubled": 0, "mismatched": 0}
+    assert counts == {"kills": 3, "wrong_jobs": 0, "lost": 0, "doubled": 0, "mismatched": 0}
     until(lambda: all(len(processes(served, kind)) == 2 for kind in KINDS), 90, "not all come back")
 
 
@@ -216,7 +224,7 @@ def test_a_long_storm_loses_and_doubles_nothing(served: Served) -> None:
     report_part("chaos", "serving", counts)
     report_part("chaos", "serving_proxy", proxies)
     for done in (counts, proxies):
-        assert (done["lost"], done["doubled"], done["mismatched"]) == (0, 0, 0)
+        assert (done["lost"], done["doubled"], done["mismatched"], done["wrong_jobs"]) == (0, 0, 0, 0)
 
 
 @pytest.mark.chaos

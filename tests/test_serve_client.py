@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,7 @@ import pytest
 from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
 from insightedit.serve import client
 from insightedit.serve.client import Patience, edit_over_http
+from insightedit.serve.job_client import JobClient, images_of
 
 GOOD = (
     b'{"created": 1, "data": [{"b64_json": "aGk=", "seed": 5, "size": "1x1"}, {"b64_json": "aG8=", "seed": 6,'
@@ -38,6 +40,7 @@ class OtherServer(HTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answers: list[Answer] = []
+        self.asked: list[str] = []
         self.keys: list[str] = []
         self.bodies: list[bytes] = []
 
@@ -49,8 +52,9 @@ class OtherServer(HTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         other = cast(OtherServer, self.server)
+        other.asked.append(f"{self.command} {self.path}")
         other.keys.append(self.headers["idempotency-key"])
-        other.bodies.append(self.rfile.read(int(self.headers["content-length"])))
+        other.bodies.append(self.rfile.read(int(self.headers["content-length"] or 0)))
         answer = other.answers.pop(0)
         self.send_response(answer.status)
         self.send_header("content-length", str(len(answer.body) + answer.cut))
@@ -59,6 +63,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("content-type", "application/json" if answer.body.startswith(b"{") else "text/plain")
         self.end_headers()
         self.wfile.write(answer.body)
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_PUT(self) -> None:
+        self.do_POST()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (the base class names it so)
         """Keep quiet."""
@@ -154,3 +164,45 @@ def test_without_a_server_or_an_image(tmp_path: Path, pauses: list[float]) -> No
         edit_over_http("http://127.0.0.1:9", tmp_path / "none.png", "x")
     with pytest.raises(UsageError, match="cannot be read"):
         edit_over_http("http://127.0.0.1:9", tmp_path, "x")
+
+
+def job(status: str, **more: object) -> Answer:
+    known: dict[str, object] = {"started_at": 2, "ended_at": None, "model_version": "2", "error": None, "result": None}
+    fixed = {"id": "a/b", "status": status, "created_at": 1, "expires_at": 9, "seed": 5, "webhook_status": None}
+    return Answer(200, json.dumps({**fixed, **known, **more}).encode())
+
+
+def test_a_job_is_sent_waited_for_and_cancelled(other: OtherServer, pauses: list[float]) -> None:
+    jobs = JobClient(other.url)
+    other.answers = [Answer(429, b"busy"), job("queued")]
+    assert jobs.submit(b"image", "x", job_id="a/b", n=2).status == "queued"
+    assert other.asked == ["PUT /v1/images/edits/jobs/a%2Fb"] * 2
+    assert b'name="n"\r\n\r\n2' in other.bodies[1]
+    other.answers = [job("queued"), job("in_progress"), job("completed", result=json.loads(GOOD))]
+    del pauses[:]
+    assert images_of(jobs.wait("a/b", every=0.5)) == (b"hi", b"ho")
+    assert pauses == [0.5, 0.5]
+    assert other.asked[-1] == "GET /v1/images/edits/jobs/a%2Fb"
+    other.answers = [job("in_progress")]
+    assert jobs.wait("a/b", seconds=0).status == "in_progress"
+    other.answers = [job("cancelled")]
+    assert jobs.cancel("a/b").status == "cancelled"
+    assert other.asked[-1] == "POST /v1/images/edits/jobs/a%2Fb/cancel"
+    other.answers = [Answer(409, b'{"error": {"message": "There is another."}}')]
+    with pytest.raises(UsageError, match="There is another"):
+        jobs.submit(b"image", "x", job_id="a/b")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (job("queued"), "has no images: it is queued"),
+        (job("cancelled"), "it is cancelled"),
+        (job("completed"), "not kept any more"),
+        (job("failed", error={"message": "n: no.", "type": "t", "param": None, "code": None}), "failed: n: no"),
+    ],
+)
+def test_a_job_without_images_says_why(other: OtherServer, answer: Answer, said: str) -> None:
+    other.answers = [answer]
+    with pytest.raises(InsightEditError, match=said):
+        images_of(JobClient(other.url).poll("a/b"))

@@ -21,11 +21,11 @@ from insightedit.platform.workdir import Workdir
 from insightedit.serve.backend import EditJob, EditOutcome, PartialTaker, VersionEntry, VersionTable
 from insightedit.serve.door import Access
 from insightedit.serve.gateway import EDIT_PATH, build_app
-from insightedit.serve.idempotency import IdempotencyKeys
 from insightedit.serve.keys import Allowance, KeyRing, KeyStore
 from insightedit.serve.meters import Meters
 from insightedit.serve.schema import ApiError
-from insightedit.serve.settings import StateSettings
+from insightedit.serve.settings import Destinations, StateSettings
+from insightedit.serve.shared import Shared
 from insightedit.serve.state_store import Entry, SqliteStore, StoreUnreachableError
 
 SETTINGS = StateSettings(lease_seconds=0.5)
@@ -64,12 +64,14 @@ class SeededBackend(InvertingBackend):
 class Site:
     """A gateway."""
 
+    webhooks = Destinations()
+
     def __init__(self, file: Path, settings: StateSettings, clock: Callable[[], float], access: Access | None) -> None:
         self.backend = SeededBackend()
         self.store = MortalStore(file, settings.bytes, clock)
-        keys = IdempotencyKeys(self.store, settings, clock)
-        app = build_app(self.backend, LIMITS, Meters(), access=access, keys=keys)
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        self.shared = Shared.of(self.store, settings, LIMITS, self.webhooks, clock)
+        self.app = build_app(self.backend, LIMITS, Meters(), access=access, shared=self.shared)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
 
     async def post(self, key: str | None = "one", image: Any = None, api_key: str = "", **fields: str) -> Any:

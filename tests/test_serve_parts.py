@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from pydantic import ValidationError
 
 from insightedit.platform.workdir import Workdir
+from insightedit.serve.applications import gateway_application, single_version_table, version_application
 from insightedit.serve.backend import VersionEntry, VersionTable
+from insightedit.serve.kube import serve_config
 from insightedit.serve.replicas import Lane
 from insightedit.serve.schema import ApiError
 from insightedit.serve.settings import Limits, ServeSettings
@@ -33,6 +36,16 @@ def test_settings_refuse_what_they_do_not_know() -> None:
     with pytest.raises(ValidationError, match="side"):
         Limits(side=20_000)
     assert ServeSettings().host == "127.0.0.1"
+
+
+def test_whoever_is_stopped_has_longer_than_the_longest_edit() -> None:
+    settings = ServeSettings(limits=Limits(edit_seconds=600))
+    gateway: Any = gateway_application(single_version_table("1", ()), settings)
+    version: Any = version_application(Path("nowhere"), settings)
+    for deployment in (gateway, version, version._bound_deployment.init_args[-1]):
+        config = deployment._bound_deployment._deployment_config
+        assert 600 < config.graceful_shutdown_timeout_s < settings.stop_seconds
+    assert serve_config("1", (), settings)["http_options"]["request_timeout_s"] > 600
 
 
 def test_version_names() -> None:

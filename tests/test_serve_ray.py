@@ -34,7 +34,7 @@ from insightedit.model.pipeline import load_pipeline
 from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
 from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import Workdir
-from insightedit.serve.client import edit_over_http, served_url
+from insightedit.serve.client import Patience, edit_over_http, served_url
 from insightedit.serve.deployment import ServeStatus, down, status, up
 from insightedit.serve.settings import ServeSettings, read_settings
 
@@ -181,8 +181,10 @@ def test_the_page_gives_the_same_bytes(served: Served, browser: Browser) -> None
     page.close()
 
 
-def test_a_key_outlives_its_gateway(served: Served) -> None:
+def test_keys_and_jobs_outlive_their_gateway(served: Served, tmp_path: Path) -> None:
     client = openai.OpenAI(base_url=f"{served_url(served.workdir)}/v1", api_key="any", max_retries=10)
+    image, out = tmp_path / "photo.png", tmp_path / "edited.png"
+    image.write_bytes(png(picture()))
 
     def post(prompt: str = PROMPT) -> Any:
         image = ("a.png", png(picture()), "image/png")
@@ -190,12 +192,17 @@ def test_a_key_outlives_its_gateway(served: Served) -> None:
         return client.images.with_raw_response.edit(image=image, prompt=prompt, extra_headers=headers)
 
     first = post()
+    place = ["--workdir", str(served.workdir.root)]
+    job = ["edit-job", "submit", str(image), PROMPT, "--id", "of-this-test", "--seed", "7", "--steps", "150", *place]
+    assert cli.run(job) == 0
     kill(served, "Gateway")
     again = post()
     assert again.content == first.content
     assert again.headers["idempotent-replayed"] == "true"
     with pytest.raises(openai.UnprocessableEntityError, match="give every request its own"):
         post("another")
+    assert cli.run(["edit-job", "fetch", "of-this-test", "--out", str(out), "--wait", "60", *place]) == 0
+    assert out.read_bytes() == edit(served, picture(), num_inference_steps=150)
 
 
 def test_settings_reach_the_model(served: Served) -> None:
@@ -327,9 +334,25 @@ def test_a_server_that_does_not_come_up_shows_its_log(served: Served, tmp_path: 
     assert status(other).state == "down"
 
 
-def test_down_leaves_nothing(served: Served) -> None:
+def test_down_finishes_what_is_in_hand_and_leaves_nothing(served: Served) -> None:
     processes = psutil.Process(served.status.pid).children(recursive=True)
+    undisturbed = edit(served, picture(), num_inference_steps=200)
+    answers: list[tuple[bytes, ...]] = []
+
+    def ask() -> None:
+        url, once = served_url(served.workdir), Patience(retries=0)
+        answers.append(
+            edit_over_http(url, png(picture()), PROMPT, patience=once, seed=7, n=8, num_inference_steps=200).images
+        )
+
+    worker = threading.Thread(target=ask)
+    worker.start()
+    while "insightedit_edit_in_flight 1.0" not in httpx.get(f"{served_url(served.workdir)}/metrics").text:
+        time.sleep(0.05)
     assert down(served.workdir).state == "down"
+    worker.join()
+    ((first, *others),) = answers
+    assert (first, len(others)) == (undisturbed, 7)
     assert not [process for process in processes if process.is_running()]
     assert status(served.workdir).state == "down"
     with pytest.raises(httpx.ConnectError):

@@ -28,11 +28,11 @@ from insightedit.serve.backend import (
     VersionTable,
 )
 from insightedit.serve.gateway import build_app
-from insightedit.serve.idempotency import IdempotencyKeys
 from insightedit.serve.meters import Meters
 from insightedit.serve.rollout import Evidence
 from insightedit.serve.schema import ApiError
 from insightedit.serve.settings import Limits, RolloutSettings, StateSettings
+from insightedit.serve.shared import Shared
 from insightedit.serve.state_store import Entry, SqliteStore
 from insightedit.serve.trials import REFRESH_SECONDS, Channel, Shadow, Trials
 
@@ -95,10 +95,10 @@ class Gateway:
         self.store = SqliteStore(folder / "state.db", 2**24)
         self.trials = Trials(backend, RolloutSettings(**settings), self.store, CHANNEL.name)
         self.meters = Meters()
-        self.keys = IdempotencyKeys(self.store, StateSettings(lease_seconds=0.5))
+        self.shared = Shared.of(self.store, StateSettings(lease_seconds=0.5), LIMITS)
 
     def client(self) -> TestClient:
-        app = build_app(self.backend, LIMITS, self.meters, keys=self.keys, trials=self.trials)
+        app = build_app(self.backend, LIMITS, self.meters, shared=self.shared, trials=self.trials)
         return TestClient(app, raise_server_exceptions=False)
 
     def evidence(self) -> Evidence:

@@ -80,6 +80,9 @@ class AdvancedEditOptions(FolderOptions):
     trace: they are no bad rows. Only one of the two directions of an edit is scored; the other one counts as equal."""
     seed: int = 0
     """Which of several instructions of one wording is taken."""
+    masks: bool = Field(default=False, exclude=True)
+    """Whether `meta` has each pair's mask, in COCO's run lengths of the photo's size; training needs none. Prepared
+    datasets have none, so they do not depend on it."""
 
     @field_validator("pattern")
     @classmethod
@@ -320,6 +323,8 @@ def _record(
     notes = {field: pair.values[field] for field in _NOTES if pair.values.get(field)}
     if isinstance(pair.values.get("segmentation"), dict):
         notes["mask_size"] = pair.values["segmentation"].get("size")
+        if options.masks:
+            notes["mask"] = pair.values["segmentation"]
     if pair.scores:
         notes |= {"scores": pair.scores, "explanations": pair.explanations}
     if wording == "advanced" and (about := pair.about(text)):

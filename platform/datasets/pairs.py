@@ -14,7 +14,9 @@ from typing import Any, BinaryIO, ClassVar, Final, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
+from insightedit.platform.datasets.masks import mask_rle, read_mask
 from insightedit.platform.datasets.parquet import Row, RowGroup, image_bytes, read_rows, row_groups
 from insightedit.platform.datasets.reading import (
     Entry,
@@ -86,6 +88,9 @@ class PairsOptions(FolderOptions):
     """Column of the mask, whose size is checked; None takes a well-known name if it is there."""
     category: str | None = None
     """Column of the kind of edit; None takes a well-known name if it is there."""
+    masks: bool = Field(default=False, exclude=True)
+    """Whether `meta` has each mask, in COCO's run lengths; training needs none. Prepared datasets have none, so they do
+    not depend on it."""
 
 
 class Piece(NamedTuple):
@@ -141,7 +146,7 @@ class PairsReader:
         part: Part = entry.place
         folder = (parsed.root / part.file).parent
         for row in _rows(parsed.root, part):
-            yield row if isinstance(row, BadRow) else attempt(row.key, _record, row, part.roles, folder)
+            yield row if isinstance(row, BadRow) else attempt(row.key, _record, row, part.roles, folder, parsed.masks)
 
     def fingerprint(self, options: Mapping[str, object]) -> str:
         """Return a sha256 that changes when the records do."""
@@ -331,15 +336,18 @@ def _csv_rows(lines: Iterable[bytes], part: Part, first: int) -> Iterator[Row | 
             yield Row(key, dict(zip(part.columns, cells, strict=False)))
 
 
-def _record(row: Row, roles: Mapping[Role, str], folder: Path) -> Record:
+def _record(row: Row, roles: Mapping[Role, str], folder: Path, masks: bool) -> Record:
     """The record of a row; what is no role's and short goes into `meta`."""
     source = _picture(row.values, roles["source"], folder)
     target = _picture(row.values, roles["target"], folder)
+    used = set(roles.values())
+    notes: dict[str, Any] = {name: value for name, value in row.values.items() if name not in used and _is_note(value)}
     mask = roles.get("mask", "")
     if row.values.get(mask):
-        _check_mask(_picture(row.values, mask, folder), source)
-    used = set(roles.values())
-    notes = {name: value for name, value in row.values.items() if name not in used and _is_note(value)}
+        data = _picture(row.values, mask, folder)
+        _check_mask(data, source)
+        if masks:
+            notes["mask"] = mask_rle(read_mask(data, source))
     return Record(
         key=row.key,
         dataset=PairsReader.name,

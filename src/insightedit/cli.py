@@ -6,6 +6,7 @@ Results go to stdout and the rest to stderr. What a command needs is imported wh
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -17,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from insightedit import __version__, cli_batch, cli_cluster, cli_construct, cli_edit, cli_keys
+from insightedit import (
+    __version__,
+    cli_batch,
+    cli_cluster,
+    cli_construct,
+    cli_edit,
+    cli_jobs,
+    cli_keys,
+    cli_models,
+    cli_promote,
+)
 from insightedit.console import (
     Group,
     Session,
@@ -35,22 +46,22 @@ from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.workdir import Workdir
 
 if TYPE_CHECKING:
-    from insightedit.jobs.promote import Promotion
     from insightedit.jobs.train import TrainingResult
     from insightedit.platform.config import RunConfig
     from insightedit.platform.evaluation import Evaluation
-    from insightedit.platform.registry import ModelVersion
     from insightedit.platform.trainer import Progress
     from insightedit.quickstart import Quickstart
 
 INTERRUPTED = 130
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-"""Environment in which libraries keep to themselves what is of no use to whoever typed a command."""
+"""Environment in which libraries keep to themselves what is of no use to whoever typed a command, and do not wait for
+minutes for a registry that is down."""
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -364,52 +375,7 @@ for command in cli_cluster.COMMANDS:
 # -- model versions -------------------------------------------------------------------------------------------------
 
 
-@cli.group()
-def models() -> None:
-    """Model versions of the registry."""
-
-
-def _scored(version: ModelVersion) -> str:
-    score = version.tags.get("viescore")
-    return f"{float(score):.3f}" if score else "-"
-
-
-@models.command("list")
-@json_option
-def models_list(as_json: bool) -> None:
-    """Show all model versions, newest first."""
-    from insightedit.platform.registry import Registry
-
-    versions = Registry(open_workdir()).versions()
-    heading = ("VERSION", "ALIASES", "VIESCORE", "CREATED")
-    rows = [
-        (one.version, ", ".join(one.aliases) or "-", _scored(one), f"{one.created.astimezone():%Y-%m-%d %H:%M}")
-        for one in versions
-    ]
-    if not versions and not as_json:
-        click.echo("No model version yet: `insightedit quickstart` or `insightedit train nano` makes one.", err=True)
-        return
-    emit(versions, as_json, lambda: columns([heading, *rows]))
-
-
-@models.command("show")
-@click.argument("version", default="champion")
-@json_option
-def models_show(version: str, as_json: bool) -> None:
-    """Show one VERSION: a number or an alias, the champion unless given."""
-    from insightedit.platform.registry import Registry
-
-    found = Registry(open_workdir()).resolve(version)
-
-    def show() -> Iterable[str]:
-        yield f"{found.name} {found.version}"
-        yield f"aliases  {', '.join(found.aliases) or '-'}"
-        yield f"created  {found.created.astimezone():%Y-%m-%d %H:%M:%S}"
-        yield f"run      {found.run_id}"
-        yield f"folder   {found.folder}"
-        yield from (f"tag      {key} = {value}" for key, value in sorted(found.tags.items()))
-
-    emit(found, as_json, show)
+cli.add_command(cli_models.models)
 
 
 # -- judging and deciding -------------------------------------------------------------------------------------------
@@ -422,7 +388,7 @@ def models_show(version: str, as_json: bool) -> None:
 @dry_run_option
 @json_option
 def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Judge a model version, the champion unless given, or a pipeline folder on scenes that no training has seen."""
+    """Judge a model version, the champion unless given, or a pipeline folder, on scenes that no training has seen."""
     from insightedit.platform.config import load_preset
     from insightedit.platform.registry import Registry
 
@@ -432,7 +398,9 @@ def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool,
     named = str(judged) if isinstance(judged, Path) else f"version {judged.version}"
     if dry_run:
         plan = {"model": named, "evaluation": run_config.evaluation}
-        emit(plan, as_json, lambda: [f"Would judge {named} on {run_config.evaluation.scenes} scenes."])
+        asked = run_config.evaluation
+        scenes = "all" if asked.scenes is None else str(asked.scenes)
+        emit(plan, as_json, lambda: [f"Would judge {named} on {scenes} scenes of {asked.benchmark.reader}."])
         return
     from insightedit.display import Display
     from insightedit.jobs.evaluate import evaluate as run_evaluation
@@ -450,7 +418,7 @@ def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool,
 
 
 def _show_evaluation(named: str, evaluation: Evaluation, report: Path) -> Iterable[str]:
-    groups = {"all": evaluation.overall, "simple": evaluation.simple, "advanced": evaluation.advanced}
+    groups = {"all": evaluation.overall, **evaluation.wordings()}
     groups |= {f"task {name}": figures for name, figures in evaluation.by_task.items()}
     groups |= {"source unchanged": evaluation.copy_baseline, "instructions shuffled": evaluation.shuffled}
     failed = f", {evaluation.overall.failed} edits not judged" if evaluation.overall.failed else ""
@@ -467,52 +435,8 @@ def _show_evaluation(named: str, evaluation: Evaluation, report: Path) -> Iterab
     yield f"report: {report}"
 
 
-@cli.command()
-@click.argument("version", default="challenger")
-@config_option
-@set_option
-@dry_run_option
-@json_option
-def promote(version: str, config: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Make a VERSION, the challenger unless given, the champion if it is better. Exit code 3 if it is not."""
-    from insightedit.display import Display
-    from insightedit.jobs.evaluate import evaluate as run_evaluation
-    from insightedit.jobs.promote import promote as run_promotion
-    from insightedit.platform.config import load_preset
-
-    run_config = load_preset(config, overrides)
-    workdir = open_workdir()
-
-    def judge(one: ModelVersion) -> None:
-        named = f"version {one.version}"
-        with Display() as display:
-            run_evaluation(
-                one, run_config, workdir, progress=lambda done, total: display.at("Evaluation", done, total, named)
-            )
-
-    done = run_promotion(workdir, version, run_config.promotion, judge, dry_run=dry_run)
-    emit(done, as_json, lambda: [_said(done)])
-
-
-@cli.command()
-@click.option("--reason", default="", help="Written down with it.")
-@dry_run_option
-@json_option
-def rollback(reason: str, dry_run: bool, as_json: bool) -> None:
-    """Make the champion before this one the champion again."""
-    from insightedit.jobs.promote import rollback as run_rollback
-
-    done = run_rollback(open_workdir(), reason, dry_run=dry_run)
-    emit(done, as_json, lambda: [_said(done)])
-
-
-def _said(done: Promotion) -> str:
-    """One move of the champion in words."""
-    if done.before == done.champion:
-        return f"Version {done.champion} is the champion already."
-    move = f"champion {done.before or '-'} -> {done.champion}"
-    score = f", VIEScore {done.evidence.viescore:.3f}" if done.evidence else ""
-    return f"{'Would move ' if done.dry_run else ''}{move}{score}"
+cli.add_command(cli_promote.promote)
+cli.add_command(cli_promote.rollback)
 
 
 # -- serving --------------------------------------------------------------------------------------------------------
@@ -631,6 +555,7 @@ def serve_down(dry_run: bool, as_json: bool) -> None:
 
 
 cli.add_command(cli_edit.edit)
+cli.add_command(cli_jobs.edit_job)
 cli.add_command(cli_batch.batch_edit)
 
 
@@ -663,13 +588,22 @@ def run(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911  (one f
     except BrokenPipeError:
         return 1  # Whoever read the results has heard enough.
     except Exception as error:  # noqa: BLE001  (people get a sentence, whoever mends it the traceback)
-        return _fail(f"{_one_line(error)} This is a fault of insightedit; details are in {_write_down(session)}.", 1)
+        return _fail(_unexpected(error, session), 1)
     return result if isinstance(result, int) else 0
 
 
 def _fail(message: str, code: int) -> int:
     click.echo(f"Error: {message}", err=True)
     return code
+
+
+def _unexpected(error: Exception, session: Session) -> str:
+    """What to say of an error that is none of ours."""
+    # MLflow has one class for everything; only its client says this.
+    if type(error).__name__ == "MlflowException" and re.search(r"API request to \S+ failed with", str(error)):
+        where = Workdir.open(session.folder).tracking_uri
+        return f"The registry at {where} does not answer: see whether it is up, and run the command again."
+    return f"{_one_line(error)} This is a fault of insightedit; details are in {_write_down(session)}."
 
 
 def _one_line(error: Exception) -> str:

@@ -23,6 +23,7 @@ from mlflow import MlflowClient
 
 from insightedit.display import Display
 from insightedit.jobs.evaluate import EditorPool, EvaluationResult, evaluate, evaluate_quickly
+from insightedit.jobs.latency import measure_latency
 from insightedit.jobs.prepare import prepare
 from insightedit.jobs.promote import promote
 from insightedit.jobs.train import TrainingResult, Watchers, export_untrained, train
@@ -101,7 +102,7 @@ def quickstart(workdir: Workdir, config: RunConfig, *, once: bool = False, port:
                 display.at("Evaluation")
                 judged = _evaluate(config, workdir, training, editor, display)
                 version = _register(config, workdir, training, judged.result)
-                _promote(config, workdir, version, editor, display)
+            _promote(config, workdir, version, display)
         evaluated = time.perf_counter()
         if old_server.url is not None:
             display.say(f"The server of version {old_server.model_version} at {old_server.url} gives way to a new one.")
@@ -205,7 +206,7 @@ def _register(config: RunConfig, workdir: Workdir, training: TrainingResult, res
     return Registry(workdir).register(training.folder, training.run_id, tags)
 
 
-def _promote(config: RunConfig, workdir: Workdir, version: ModelVersion, editor: EditorPool, display: Display) -> None:
+def _promote(config: RunConfig, workdir: Workdir, version: ModelVersion, display: Display) -> None:
     """Promote the version if it is better; a champion that is as good stays, and is served.
 
     Raises:
@@ -213,7 +214,13 @@ def _promote(config: RunConfig, workdir: Workdir, version: ModelVersion, editor:
     """
     display.at("Promotion", note=f"version {version.version}")
     try:
-        promote(workdir, version.version, config.promotion, lambda one: evaluate(one, config, workdir, editor=editor))
+        promote(
+            workdir,
+            version.version,
+            config.promotion,
+            lambda one: evaluate(one, config, workdir),
+            lambda folders: measure_latency(folders, config),
+        )
     except GateRefusedError as refusal:
         if Registry(workdir).find(CHAMPION) is None:
             raise
