@@ -65,6 +65,7 @@ def promote(
     evaluate: Evaluate,
     measure: Measure,
     *,
+    scenes: int = 0,
     reason: str = "",
     force: bool = False,
     dry_run: bool = False,
@@ -80,6 +81,7 @@ def promote(
         config: the gates.
         evaluate: judges a version and leaves figures and run in its tags.
         measure: how long an edit takes; asked only if everything else speaks for the version.
+        scenes: an evaluation on fewer of them does not count, and is made again.
         reason: written down with it.
         force: make it champion even if a gate refuses, for that reason. A damaged version never becomes champion.
         dry_run: decide, and move nothing.
@@ -98,7 +100,7 @@ def promote(
     check_classes(registry.fetch(version))
     # What is decided here rests on the champion of this moment; if another one comes first, this is told.
     last, told = registry.audit.last(), tuple(registry.audit.astray())
-    version, champion = _judge_alike(registry, version, evaluate)
+    version, champion = _judge_alike(registry, version, evaluate, scenes)
     before = champion.version if champion else None
     if before == version.version:
         if not dry_run:
@@ -145,13 +147,15 @@ def rollback(workdir: Workdir, reason: str = "", *, dry_run: bool = False) -> Pr
 
 
 def _judge_alike(
-    registry: Registry, version: ModelVersion, evaluate: Evaluate
+    registry: Registry, version: ModelVersion, evaluate: Evaluate, scenes: int
 ) -> tuple[ModelVersion, ModelVersion | None]:
     """The version and the champion, as they are once both have results on the same cases."""
     version, champion = registry.resolve(version.version), registry.find(CHAMPION)
     contenders = [version] if champion is None else [version, champion]
     cases = {one.tags.get("evaluation.cases") for one in contenders}
-    if None not in cases and len(cases) == 1 and all(_results(registry, one) is not None for one in contenders):
+    enough = all(int(one.tags.get("evaluation.scenes", 0)) >= scenes for one in contenders)
+    alike = None not in cases and len(cases) == 1 and enough
+    if alike and all(_results(registry, one) is not None for one in contenders):
         return version, champion
     for one in contenders:
         evaluate(one)
@@ -173,8 +177,7 @@ def _evidence(
     verdicts = decide(own, its, config)
     most = config.max_latency_ratio
     if champion is not None and most and all(verdict.passed for verdict in verdicts):
-        seconds = measure([registry.fetch(one) for one in (version, champion)])
-        verdicts.append(latency_gate(seconds[0], seconds[1], most))
+        verdicts.append(_timed(registry, version, champion, most, measure))
     return Evidence(
         viescore=float(version.tags["viescore"]),
         champion_viescore=float(champion.tags["viescore"]) if champion else None,
@@ -183,6 +186,16 @@ def _evidence(
         champion_evaluation_run=champion.tags["evaluation.run"] if champion else None,
         gates=tuple(verdicts),
     )
+
+
+def _timed(registry: Registry, version: ModelVersion, champion: ModelVersion, most: float, measure: Measure) -> Verdict:
+    """The gate of latency. A champion that is damaged on disk is no reason to keep it."""
+    try:
+        theirs = registry.fetch(champion)
+    except InsightEditError as error:
+        return Verdict(gate="latency", passed=True, found=f"not measured, since the champion is damaged: {error}")
+    own, its = measure([registry.fetch(version), theirs])
+    return latency_gate(own, its, most)
 
 
 def _refusal(version: ModelVersion, champion: ModelVersion | None, evidence: Evidence) -> str:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -136,6 +136,11 @@ class Evaluation:
         }
 
 
+def least_scenes(config: EvaluationConfig) -> int:
+    """Scenes that an evaluation by this config has at least; 0 where only the benchmark knows how many it has."""
+    return (config.scenes or SHAPES_SCENES) if config.benchmark.reader == "shapes" else 0
+
+
 def evaluation_cases(config: EvaluationConfig, scenes: int | None = None) -> list[EditCase]:
     """The cases that a config asks for, the instructions of a scene one after the other.
 
@@ -158,7 +163,7 @@ def evaluation_cases(config: EvaluationConfig, scenes: int | None = None) -> lis
             "evaluation.benchmark is shapes, which takes no options; set evaluation.split, scenes and seed."
         )
     count = min([*wanted, config.scenes or SHAPES_SCENES])
-    return [case for number in range(count) for case in _shapes_cases(config, cast(Split, config.split), number)]
+    return [case for number in range(count) for case in _shapes_cases(config, config.split, number)]
 
 
 def _shapes_cases(config: EvaluationConfig, split: Split, number: int) -> list[EditCase]:

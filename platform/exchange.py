@@ -16,7 +16,9 @@ from insightedit.platform.manifests import (
     MANIFEST_NAME,
     check_classes,
     verify_manifest,
+    write_manifest,
 )
+from insightedit.platform.model_cards import CARD_NAME, is_own_card, keep_card, stated_licence, write_card
 from insightedit.platform.registry import ModelVersion, Registry
 from insightedit.platform.tracking import ensure_experiment, environment_tags, git_commit
 from insightedit.platform.workdir import Workdir
@@ -64,7 +66,9 @@ def examine(folder: Path) -> Contents:
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in found]
-    wanted = [name for name in names if _belongs(name, parts)]
+    # A card of ours speaks of the version that was exported: the new version gets its own.
+    own = {CARD_NAME} if is_own_card(folder / CARD_NAME) else set[str]()
+    wanted = [name for name in names if _belongs(name, parts) and name not in own]
     files = tuple(name for name in wanted if not _second_copy(name, wanted))
     for part in parts:
         _check_part(folder, part, names)
@@ -98,6 +102,7 @@ def import_folder(workdir: Workdir, folder: Path, reason: str = "") -> Imported:
     registry = Registry(workdir)
     experiment = ensure_experiment(registry.client, workdir)
     origin = {"imported_from": str(folder), "imported_class": contents.kind, "imported_reason": reason}
+    origin["licence"] = stated_licence(folder / CARD_NAME) or ""
     origin = {key: value for key, value in origin.items() if value}
     run = registry.client.create_run(experiment, tags=environment_tags() | origin, run_name=f"import/{folder.name}")
     try:
@@ -108,11 +113,12 @@ def import_folder(workdir: Workdir, folder: Path, reason: str = "") -> Imported:
         registry.client.set_terminated(run.info.run_id, "FAILED")
         raise
     registry.client.set_terminated(run.info.run_id)
+    keep_card(registry, version)
     return Imported(version=version, contents=contents)
 
 
 def export_version(registry: Registry, version: ModelVersion, target: Path) -> Path:
-    """Copy a version's folder, verified before and after, to where others can load it.
+    """Copy a version's folder, verified before and after, to where others can load it, with its card beside.
 
     Raises:
         UsageError: the target is there already.
@@ -126,6 +132,8 @@ def export_version(registry: Registry, version: ModelVersion, target: Path) -> P
     try:
         shutil.copytree(folder, temporary)
         verify_manifest(temporary)
+        write_card(registry, version, temporary)
+        write_manifest(temporary)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

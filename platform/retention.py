@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from insightedit.platform.audit import line_of_champions
+from insightedit.platform.errors import NotFoundError, UsageError
 from insightedit.platform.registry import ModelVersion, Registry
 
 HOLD = "hold."
-"""A version with a tag of this beginning is kept: `hold.NAME = why`."""
+"""A version with a tag of this beginning is kept: `hold.NAME = why` (`models hold`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +66,28 @@ def prune(
         kept=kept,
         dry_run=dry_run,
     )
+
+
+def hold(registry: Registry, version: str, name: str, why: str) -> None:
+    """Keep a version for somebody, such as a server on a cluster that the work folder does not know of.
+
+    Raises:
+        UsageError: the name cannot be that of a tag.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", name):
+        raise UsageError(f"{name!r} cannot hold a version: write letters, digits, '_' and '-', 63 at most.")
+    registry.set_tags(version, {f"{HOLD}{name}": why or "no reason given"})
+
+
+def release(registry: Registry, version: ModelVersion, name: str) -> None:
+    """Take a hold away.
+
+    Raises:
+        NotFoundError: there is no such hold.
+    """
+    if f"{HOLD}{name}" not in version.tags:
+        raise NotFoundError(f"{name} holds no version {version.version}: see `insightedit models show`.")
+    registry.client.delete_model_version_tag(registry.name, version.version, f"{HOLD}{name}")
 
 
 def held_by(registry: Registry, version: str, deployed: Collection[str] = (), line: int = 3) -> str:

@@ -53,6 +53,7 @@ def keep_evaluation(registry: Registry, workdir: Workdir, results: Sequence[Case
     return {
         "viescore": f"{sum(known) / len(known):.6f}",
         "evaluation.cases": cases,
+        "evaluation.scenes": str(len({one.scene for one in results})),
         "evaluation.run": run_id,
     }
 

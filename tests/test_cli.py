@@ -357,6 +357,9 @@ def test_edit_with_wrong_input(insightedit: Any, picture: Path, tmp_path: Path) 
     insightedit("edit", picture, "make it red", "--out", "out.gif").assert_one_sentence(2, "out.gif", ".png")
     nowhere = "http://127.0.0.1:9"
     insightedit("edit", picture, "red", "--out", out, "--server", nowhere).assert_one_sentence(5, nowhere)
+    insightedit("edit-job", "submit", picture, "red", "--server", nowhere).assert_one_sentence(5, nowhere)
+    insightedit("edit-job", "show", "x").assert_one_sentence(5, "serve up")
+    insightedit("edit-job", "fetch", "x", "--out", out.with_suffix(".gif"), "--server", nowhere).assert_one_sentence(2)
     assert not out.exists()
     insightedit("edit", picture, "  ", "--out", tmp_path / "out.png").assert_one_sentence(2, "instruction is empty")
 
@@ -385,6 +388,40 @@ def test_models_are_shown(insightedit: Any, work_with_a_model: Path) -> None:
     table = insightedit("models", "list", "--workdir", work_with_a_model).out.splitlines()
     assert table[0].split() == ["VERSION", "ALIASES", "VIESCORE", "CREATED"]
     assert table[1].split()[:3] == ["1", "champion", "0.500"]
+
+
+def test_models_go_in_and_out_and_are_followed_back(
+    insightedit: Any, work_with_a_model: Path, no_model: Path, tmp_path: Path
+) -> None:
+    theirs = ["--workdir", work_with_a_model]
+    shown = insightedit("models", "show", "champion", *theirs, "--json").json
+    assert shown["lineage"]["manifest"] == shown["tags"]["manifest"]
+    assert [entry["action"] for entry in shown["lineage"]["decisions"]] == ["promote"]
+    (entry,) = insightedit("models", "log", *theirs, "--json").json
+    assert (entry["to_version"], entry["from_version"]) == ("1", None)
+    out = tmp_path / "out"
+    assert insightedit("models", "export", "1", out, *theirs, "--dry-run").out.startswith("Would copy version 1 to")
+    assert not out.exists()
+    exported = insightedit("models", "export", "1", out, *theirs, "--json").json
+    assert exported["load"].startswith("from insightedit.model.pipeline import InsightEditPipeline")
+    insightedit("models", "export", "1", out, *theirs).assert_one_sentence(2, "exists already")
+
+    planned = insightedit("models", "import", out, "--dry-run", "--json").json
+    assert (planned["kind"], planned["left_out"]) == ("InsightEditPipeline", [])
+    assert insightedit("models", "list", "--json").json == []
+    made = insightedit("models", "import", out, "--reason", "a friend's", "--json").json
+    assert made["tags"]["manifest"] == shown["tags"]["manifest"]
+    insightedit("models", "import", tmp_path).assert_one_sentence(4, "not a pipeline folder")
+    assert "version 2" in insightedit("models", "import", out).out
+    difference = insightedit("models", "diff", "1", "2").out
+    assert "tag      imported_reason: a friend's -> -" in difference
+    assert "file" not in difference
+    assert insightedit("models", "hold", "1", "me", "--reason", "mine").out == "version 1: me holds it (mine)\n"
+    assert insightedit("models", "prune", "--keep", "0", "--json").json["deleted"] == []
+    assert insightedit("models", "hold", "1", "me", "--release").out == "version 1: not held\n"
+    assert insightedit("models", "prune", "--keep", "0", "--dry-run").out.startswith("Would delete 1 versions")
+    assert insightedit("models", "prune", "--keep", "0", "--json").json["deleted"] == ["1"]
+    assert [one["version"] for one in insightedit("models", "list", "--json").json] == ["2"]
 
 
 def test_edit_gives_the_same_file_for_the_same_seed(
@@ -432,7 +469,7 @@ def test_promote_and_rollback_say_what_they_did(insightedit: Any, no_model: Path
     for score in (0.6, 0.8, 0.7):
         tags = keep_evaluation(registry, workdir, even_table(score), "the same")
         registry.register(empty_pipeline(tmp_path / "pipeline"), run_id, tags)
-    quick = ["--set", "promotion.max_latency_ratio=0"]
+    quick = ["--set", "promotion.max_latency_ratio=0", "--set", "evaluation.scenes=40"]
     assert insightedit("promote", "1", *quick).out.splitlines() == [
         "champion - -> 1, VIEScore 0.600",
         "  passed  minimum: its VIEScore is 0.600 on 80 cases, and a champion needs more than 0.500",
@@ -444,7 +481,7 @@ def test_promote_and_rollback_say_what_they_did(insightedit: Any, no_model: Path
     assert "passed  better: its VIEScore differs from the champion's by +0.200" in planned[3]
     moved = insightedit("promote", "2", "--json", *quick).json
     assert (moved["before"], moved["champion"], moved["dry_run"], moved["entry"]) == ("1", "2", False, 2)
-    assert insightedit("promote", "2").out == "Version 2 is the champion already.\n"
+    assert insightedit("promote", "2", *quick).out == "Version 2 is the champion already.\n"
     refused = ("Version 3 is not promoted in place of version 2", "[better]", "-0.100", "test-000-simple (-0.10)")
     insightedit("promote", *quick).assert_one_sentence(3, *refused)
     told = insightedit("promote", "--json", *quick)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from insightedit.platform.datasets.magicbrush import MagicBrushReader
+from insightedit.platform.datasets.masks import mask_of
 from insightedit.platform.datasets.parquet import RowGroup, image_bytes
 from insightedit.platform.datasets.reading import records_of
 from insightedit.platform.errors import NotFoundError, UsageError
@@ -88,6 +89,20 @@ def test_every_turn_is_a_record(tmp_path: Path) -> None:
     )
     assert isinstance(records[3], Record)
     assert records[3].instruction == "do this"
+
+
+def test_masks_are_handed_on_when_asked_for(tmp_path: Path) -> None:
+    mask = np.zeros((7, 9, 3), np.uint8)
+    mask[2:4, 5:9] = 255
+    shown = {"bytes": encode_png(mask), "path": "7-mask1.png"}
+    write(tmp_path / "data" / FIRST, [turn("7", 1, mask_img=shown), turn("7", 2, mask_img=None)])
+    first, second = records_of(READER, {"root": tmp_path, "masks": True})
+    assert isinstance(first, Record)
+    assert isinstance(second, Record)
+    assert (mask_of(first.details()["mask"], (7, 9)) == (mask[..., 0] > 0)).all()
+    assert "mask" not in second.details()
+    without = READER.fingerprint({"root": tmp_path})
+    assert READER.fingerprint({"root": tmp_path, "masks": True}) == without
 
 
 def test_another_split_and_files_in_the_root(tmp_path: Path) -> None:

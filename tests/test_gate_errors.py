@@ -13,10 +13,11 @@ import pytest
 from gate_trials import Shared, Way, real, trial
 
 from insightedit.platform.config import EvaluationConfig, PromotionConfig
+from insightedit.platform.evaluation import least_scenes
 from insightedit.platform.gates import decide
 
 TRIALS = int(os.environ.get("INSIGHTEDIT_GATE_TRIALS", "200"))
-SCENES = EvaluationConfig().scenes
+SCENES = least_scenes(EvaluationConfig())
 GATE = PromotionConfig()
 
 

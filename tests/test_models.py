@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from empty_registry import make_workdir
+from huggingface_hub import ModelCard
 from judged_versions import empty_pipeline, even_table, keep_evaluation
 from PIL import Image
 from tiny_models import build_sources, tiny_config
@@ -21,9 +22,9 @@ from insightedit.model.pipeline import InsightEditPipeline, load_pipeline
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.exchange import examine, export_version, how_to_load, import_folder
 from insightedit.platform.lineage import difference, lineage
-from insightedit.platform.manifests import MANIFEST_NAME
+from insightedit.platform.manifests import MANIFEST_NAME, verify_manifest
 from insightedit.platform.registry import ModelVersion, Registry
-from insightedit.platform.retention import prune
+from insightedit.platform.retention import hold, prune, release
 from insightedit.platform.tracking import ensure_experiment
 from insightedit.platform.workdir import Workdir
 
@@ -98,7 +99,11 @@ def test_our_own_folder_goes_round(workdir: Workdir, tmp_path: Path) -> None:
     made = import_folder(workdir, tmp_path / "ours")
     out = export_version(Registry(workdir), made.version, tmp_path / "out")
     assert "insightedit.model.pipeline import InsightEditPipeline" in how_to_load(made.version, out)
+    verify_manifest(out)
+    card = ModelCard((out / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=False)
+    assert (card.data.to_dict()["library_name"], card.data.to_dict()["license"]) == ("diffusers", "unknown")
     again = import_folder(workdir, out)
+    assert again.contents.left_out == ("README.md",)
     assert again.version.tags["manifest"] == made.version.tags["manifest"]
     assert made.contents.left_out == ()
     pipeline = InsightEditPipeline.from_pretrained(str(out))
@@ -219,7 +224,13 @@ def test_nothing_that_is_needed_is_deleted(workdir: Workdir, add: Callable[..., 
     for number in ("1", "2", "3", "5"):
         registry.promote(number)
     registry.rollback()  # 3 is the champion, 2 before it, 1 before that; 5 was rolled back
-    registry.set_tags("6", {"hold.paper": "its figures are in print"})
+    hold(registry, "6", "paper", "its figures are in print")
+    hold(registry, "8", "cluster", "")
+    release(registry, registry.resolve("8"), "cluster")
+    with pytest.raises(NotFoundError, match="cluster holds no version 8"):
+        release(registry, registry.resolve("8"), "cluster")
+    with pytest.raises(UsageError, match="'a b' cannot hold"):
+        hold(registry, "8", "a b", "")
     planned = prune(registry, {"7"}, keep=0, line=1, dry_run=True)
     assert all(version.folder.is_dir() for version in versions.values())
     done = prune(registry, {"7"}, keep=0, line=1)

@@ -186,6 +186,8 @@ def test_both_are_judged_on_the_same_cases(workdir: Workdir, add: Add, known: st
     with pytest.raises(GateRefusedError, match=r"\[better\] its VIEScore differs from the champion's by -0\.100"):
         promote(workdir, "2", GATE, judge, as_quick)
     assert sorted(judged) == ["1", "2"]
+    with pytest.raises(AssertionError, match="judged again"):
+        run(workdir, "2", scenes=41)
     assert aliases(workdir) == {"champion": "1", "challenger": "2"}
 
 
@@ -195,6 +197,19 @@ def test_a_damaged_version_is_never_promoted(workdir: Workdir, add: Add) -> None
     with pytest.raises(InsightEditError, match=r"model_index\.json"):
         run(workdir, "1", force=True, reason="I must")
     assert aliases(workdir) == {"challenger": "1"}
+
+
+def test_a_champion_that_is_damaged_on_disk_gives_way(workdir: Workdir, add: Add) -> None:
+    champion = add(0.7)
+    run(workdir, "1")
+    add(0.8)
+    (champion.folder / "model_index.json").write_text("{ }")
+    done = run(workdir, "2")
+    assert done.evidence is not None
+    assert done.evidence.gates[-1].found.startswith("not measured, since the champion is damaged: model_index.json in")
+    with pytest.raises(InsightEditError, match=r"model_index\.json in .* has 3 bytes, not the 2"):
+        rollback(workdir)
+    assert aliases(workdir) == {"champion": "2", "previous": "1"}
 
 
 def test_a_version_that_names_foreign_code_is_never_promoted(workdir: Workdir, add: Add, tmp_path: Path) -> None:

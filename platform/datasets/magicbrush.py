@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
+from pydantic import Field
+
+from insightedit.platform.datasets.masks import mask_rle, read_mask
 from insightedit.platform.datasets.parquet import Row, hub_files, image_bytes, read_rows, row_groups
 from insightedit.platform.datasets.reading import Entry, FolderOptions, fingerprint_of, parse_options, text_field
 from insightedit.platform.records import BadRow, BadRowError, Record, RecordTask, picture_size
@@ -20,6 +23,9 @@ class MagicBrushOptions(FolderOptions):
 
     split: Literal["train", "dev"] = "train"
     """The hub has 8,807 turns in train and 528 in dev; the test set comes in another form and is not read."""
+    masks: bool = Field(default=False, exclude=True)
+    """Whether `meta` has each turn's mask, in COCO's run lengths; training needs none. Prepared datasets have none, so
+    they do not depend on it."""
 
 
 class MagicBrushReader:
@@ -58,14 +64,18 @@ def _turn(row: Row, options: MagicBrushOptions) -> Record | BadRow:
         if not isinstance(turn, int):
             raise BadRowError("missing_field", "The field turn_index is missing.")
         key = f"{image}-{turn}"
+        source = _checked_source(row.values, options.root)
+        notes: dict[str, Any] = {"img_id": image, "turn_index": turn, "split": options.split}
+        if options.masks and row.values["mask_img"] is not None:
+            notes["mask"] = mask_rle(read_mask(image_bytes(row.values["mask_img"], options.root), source))
         return Record(
             key=key,
             dataset=MagicBrushReader.name,
             task="edit",
-            source=_checked_source(row.values, options.root),
+            source=source,
             target=image_bytes(row.values["target_img"], options.root),
             instruction=text_field(row.values, "instruction", "empty_instruction"),
-            meta=json.dumps({"img_id": image, "turn_index": turn, "split": options.split}),
+            meta=json.dumps(notes),
         )
     except BadRowError as error:
         return BadRow(key, error.reason, str(error))

@@ -28,6 +28,7 @@ from insightedit import (
     cli_keys,
     cli_models,
     cli_promote,
+    cli_report,
 )
 from insightedit.console import (
     Group,
@@ -235,6 +236,7 @@ def data_prepare(
 
 
 data.add_command(cli_construct.construct)
+data.add_command(cli_report.data_report)
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -334,6 +336,7 @@ def _registered(result: TrainingResult, config: RunConfig) -> str | None:
     """
     if max(result.stages) < max(config.stages):
         return None
+    from insightedit.platform.model_cards import keep_card
     from insightedit.platform.registry import Registry
     from insightedit.platform.tracking import git_commit
 
@@ -342,7 +345,9 @@ def _registered(result: TrainingResult, config: RunConfig) -> str | None:
         if lineage.items() <= version.tags.items():
             return version.version
     tags = {**lineage, "preset": config.name, "git_commit": git_commit()}
-    return registry.register(result.folder, result.run_id, tags).version
+    made = registry.register(result.folder, result.run_id, tags)
+    keep_card(registry, made)
+    return made.version
 
 
 def _show_plan(config: RunConfig, stages: Sequence[int]) -> Iterable[str]:

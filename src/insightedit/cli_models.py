@@ -210,7 +210,7 @@ def models_export(version: str, folder: Path, dry_run: bool, as_json: bool) -> N
 @dry_run_option
 @json_option
 def models_prune(keep: int, days: float, line: int, dry_run: bool, as_json: bool) -> None:
-    """Delete old versions; never one that an alias or a deployment holds, or one with a tag `hold.NAME`."""
+    """Delete old versions; never one that an alias or a deployment holds, or that `models hold` keeps."""
     from insightedit.platform.registry import Registry
     from insightedit.platform.retention import prune
     from insightedit.serve import deployment
@@ -228,3 +228,24 @@ def _show_pruned(done: Pruned) -> Iterable[str]:
     verb = "Would delete" if done.dry_run else "Deleted"
     yield f"{verb} {len(done.deleted)} versions, {_mib(done.bytes)}: {', '.join(done.deleted) or '-'}"
     yield from (f"  kept {version}: {why}" for version, why in done.kept.items())
+
+
+@models.command("hold")
+@click.argument("version")
+@click.argument("name")
+@click.option("--reason", default="", help="Why it must stay.")
+@click.option("--release", is_flag=True, help="Take NAME's hold away instead.")
+@json_option
+def models_hold(version: str, name: str, reason: str, release: bool, as_json: bool) -> None:
+    """Keep a VERSION from being pruned, for NAME: a server on a cluster, a figure in print."""
+    from insightedit.platform import retention
+    from insightedit.platform.registry import Registry
+
+    registry = Registry(open_workdir())
+    found = registry.resolve(version)
+    if release:
+        retention.release(registry, found, name)
+    else:
+        retention.hold(registry, found.version, name, reason)
+    held = retention.held_by(registry, found.version)
+    emit({"version": found.version, "held": held}, as_json, lambda: [f"version {found.version}: {held or 'not held'}"])

@@ -46,6 +46,7 @@ def _promote(version: str, config: RunConfig, reason: str, *, force: bool, dry_r
     from insightedit.jobs.evaluate import evaluate
     from insightedit.jobs.latency import measure_latency
     from insightedit.jobs.promote import promote
+    from insightedit.platform.evaluation import least_scenes
 
     workdir = open_workdir()
 
@@ -66,6 +67,7 @@ def _promote(version: str, config: RunConfig, reason: str, *, force: bool, dry_r
         config.promotion,
         judge,
         lambda folders: measure_latency(folders, config),
+        scenes=least_scenes(config.evaluation),
         reason=reason,
         force=force,
         dry_run=dry_run,

@@ -30,8 +30,9 @@ from insightedit.jobs.train import TrainingResult, Watchers, export_untrained, t
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import RunConfig
 from insightedit.platform.errors import GateRefusedError, InsightEditError, UsageError
-from insightedit.platform.evaluation import EditCase, Figures
+from insightedit.platform.evaluation import EditCase, Figures, least_scenes
 from insightedit.platform.evaluation_runs import SHEET_ROWS
+from insightedit.platform.model_cards import keep_card
 from insightedit.platform.records import encode_png
 from insightedit.platform.registry import CHAMPION, ModelVersion, Registry
 from insightedit.platform.reports import Curve, Report, sheet_rows, write_report, write_sheet
@@ -203,7 +204,10 @@ def _register(config: RunConfig, workdir: Workdir, training: TrainingResult, res
         "preset": config.name,
         "git_commit": git_commit(),
     }
-    return Registry(workdir).register(training.folder, training.run_id, tags)
+    registry = Registry(workdir)
+    version = registry.register(training.folder, training.run_id, tags)
+    keep_card(registry, version)
+    return version
 
 
 def _promote(config: RunConfig, workdir: Workdir, version: ModelVersion, display: Display) -> None:
@@ -220,6 +224,7 @@ def _promote(config: RunConfig, workdir: Workdir, version: ModelVersion, display
             config.promotion,
             lambda one: evaluate(one, config, workdir),
             lambda folders: measure_latency(folders, config),
+            scenes=least_scenes(config.evaluation),
         )
     except GateRefusedError as refusal:
         if Registry(workdir).find(CHAMPION) is None:
