@@ -54,8 +54,9 @@ def read_mask(data: bytes, source: bytes) -> NDArray[np.bool_]:
         return hole
     grey = pixels.mean(axis=-1)
     if ((grey > _GREY[0]) & (grey < _GREY[1])).mean() <= _GREY_SHARE:
-        return np.asarray(grey >= _HOLE)
-    return (np.abs(pixels.astype(np.int16) - decode_image(source)) >= _DIFFERS).any(axis=-1)
+        return np.greater_equal(grey, _HOLE)
+    difference = np.abs(pixels.astype(np.int16) - decode_image(source)).max(axis=-1)
+    return np.greater_equal(difference, _DIFFERS)
 
 
 def mask_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
