@@ -22,6 +22,7 @@ from insightedit import (
     __version__,
     cli_batch,
     cli_cluster,
+    cli_compare,
     cli_construct,
     cli_edit,
     cli_jobs,
@@ -571,6 +572,7 @@ def serve_down(dry_run: bool, as_json: bool) -> None:
     emit(status, as_json, lambda: _show_server(status))
 
 
+cli.add_command(cli_compare.compare)
 cli.add_command(cli_edit.edit)
 cli.add_command(cli_jobs.edit_job)
 cli.add_command(cli_batch.batch_edit)
