@@ -31,7 +31,6 @@ def main() -> None:
     """Measure in turns, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=96)
-    parser.add_argument("--alone", type=int, default=32, help="Pictures that each step does alone.")
     parser.add_argument("--seconds", type=float, default=0.5, help="The endpoint takes for an answer.")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -42,7 +41,7 @@ def main() -> None:
     with StandIn(Slow(scenes(options.pictures), options.seconds)) as endpoint, connected():
         config = construction(endpoint.url, options.pictures)
         for _ in range(options.rounds):
-            alone.append(each_alone(config, options.alone))
+            alone.append(each_alone(config))
             start, pace, pairs = all_at_once(config)
             starts.append(start)
             together.append(pace)
@@ -98,10 +97,9 @@ def scenes(pictures: int) -> list[Scene]:
     return [Scene.from_json(photo.truth) for photo in photos if photo.truth is not None]
 
 
-def each_alone(config: ConstructionConfig, pictures: int) -> dict[StepName, float]:
+def each_alone(config: ConstructionConfig) -> dict[StepName, float]:
     """Seconds a picture of each step, which does block after block while nothing else runs."""
-    blocks = blocks_of(config)[: pictures // config.images_per_block]
-    loads = [read_block(config.images, block) for block in blocks]
+    loads = [read_block(config.images, block) for block in blocks_of(config)]
     seconds: dict[StepName, float] = {}
     with tempfile.TemporaryDirectory() as answers:
         for name in step_names(config):
