@@ -259,7 +259,9 @@ class EvaluationConfig(_Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the edits' noise, and of the scenes of shapes."""
     batch: Count = 16
-    """Edits at a time."""
+    """Edits at a time, in each process."""
+    replicas: Count | None = None
+    """Processes that edit, each with the whole model; the least number of `workers.count` if None."""
     metrics: MetricsConfig = MetricsConfig()
 
 

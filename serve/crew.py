@@ -72,6 +72,8 @@ class Crew:
             self._woken.clear()
 
     async def _take_some(self) -> None:
+        if len(self._tasks) >= self._most:
+            return
         for path in await self._waiting():
             if len(self._tasks) >= self._most:
                 return

@@ -20,7 +20,7 @@ from insightedit.serve.door import Access, caller_of
 from insightedit.serve.edits import EditService, Visit
 from insightedit.serve.idempotency import store_errors
 from insightedit.serve.job_book import UNAVAILABLE, JobBook, JobRecord, OpenJob
-from insightedit.serve.logs import LOGGER, log_edit
+from insightedit.serve.logs import LOGGER, log_edit, speak_of
 from insightedit.serve.schema import SEED_LIMIT, ApiError, EditFields, ErrorObject, JobFields
 from insightedit.serve.state_store import StoreFullError, StoreUnreachableError
 from insightedit.serve.streams import end_all
@@ -198,6 +198,7 @@ class JobRunner:
 
     async def _do(self, job: JobRecord) -> None:
         """Do a job that is ours, and write down how it went. Cancelled, it puts the job back for another gateway."""
+        speak_of(job.request_id)
         held = self._held[job.path] = _Held(self._book, job)
         keeping = asyncio.ensure_future(held.keep())
         work = asyncio.ensure_future(self._images(held))

@@ -211,10 +211,10 @@ class JobBook:
                     return ended, True
         return found, False
 
-    async def answer(self, job: JobRecord) -> Job:
+    async def answer(self, job: JobRecord, *, with_images: bool = True) -> Job:
         """What its caller is told of a job."""
         with store_errors(UNAVAILABLE):
-            images = await self._images(job) if job.status == "completed" else []
+            images = await self._images(job) if job.status == "completed" and with_images else []
         return Job(
             id=job.id,
             status=job.status,

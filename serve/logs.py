@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from ray.serve.context import _set_request_context  # pyright: ignore[reportPrivateUsage]  (there is no other way)
+
 from insightedit.serve.settings import ServeSettings
 
 LOGGER = "ray.serve.insightedit"
@@ -20,6 +22,11 @@ logger = logging.getLogger(LOGGER)
 def logging_config(settings: ServeSettings) -> dict[str, Any]:
     """How replicas log, as an option of their deployment."""
     return {"encoding": "JSON", "logs_dir": settings.log_folder, "enable_access_log": True}
+
+
+def speak_of(request_id: str) -> None:
+    """Have what the present task logs, and the calls that it makes, bear the id of a request that came earlier."""
+    _set_request_context(request_id=request_id)
 
 
 def log_edit(

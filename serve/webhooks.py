@@ -86,8 +86,7 @@ class Webhooks:
 
     async def _tell(self, job: JobRecord) -> None:
         """Tell the end of a job once, and write down whether it was heard."""
-        answer = await self._book.answer(job)
-        body = message(answer if job.webhook_images else answer.model_copy(update={"result": None}))
+        body = message(await self._book.answer(job, with_images=job.webhook_images))
         headers = signed(await self.key_of(job.scope), message_id(job.path, job.created), body, time.time())
         try:
             status = await deliver(job.webhook, self._allowed, headers, body)

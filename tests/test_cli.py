@@ -357,6 +357,9 @@ def test_edit_with_wrong_input(insightedit: Any, picture: Path, tmp_path: Path) 
     insightedit("edit", picture, "make it red", "--out", "out.gif").assert_one_sentence(2, "out.gif", ".png")
     nowhere = "http://127.0.0.1:9"
     insightedit("edit", picture, "red", "--out", out, "--server", nowhere).assert_one_sentence(5, nowhere)
+    insightedit("edit-job", "submit", picture, "red", "--server", nowhere).assert_one_sentence(5, nowhere)
+    insightedit("edit-job", "show", "x").assert_one_sentence(5, "serve up")
+    insightedit("edit-job", "fetch", "x", "--out", out.with_suffix(".gif"), "--server", nowhere).assert_one_sentence(2)
     assert not out.exists()
     insightedit("edit", picture, "  ", "--out", tmp_path / "out.png").assert_one_sentence(2, "instruction is empty")
 

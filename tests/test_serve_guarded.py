@@ -96,6 +96,14 @@ def test_a_request_is_found_in_every_log_and_its_prompt_in_none(guarded: Served)
     assert {line["deployment"].rpartition("_")[2] for line in found} == {"Gateway", "Conditioner", "Editor"}
     (told,) = [line for line in found if line["message"] == "edit"]
     assert (told["api_key"], told["status"], told["model_version"]) == ("logged", 200, "1")
+    jobs = f"{guarded.status.url}/v1/images/edits/jobs/job-8"
+    headers = {"authorization": f"Bearer {key}", "x-request-id": "mine-8"}
+    fields = {"prompt": PROMPT, "num_inference_steps": "2"}
+    assert httpx.put(jobs, data=fields, files={"image": ("a", png(picture()))}, headers=headers).status_code == 202
+    found = wait_for(lambda: [line for line in lines(folder) if line.get("request_id") == "mine-8"], 4)
+    assert {line["deployment"].rpartition("_")[2] for line in found} == {"Gateway", "Conditioner", "Editor"}
+    (told,) = [line for line in found if line["message"] == "edit"]
+    assert (told["job"], told["api_key"], told["status"]) == ("job-8", "logged", 200)
     everything = "".join(file.read_text() for file in guarded.workdir.logs.rglob("*") if file.is_file())
     assert PROMPT not in everything
     assert key not in everything

@@ -90,9 +90,10 @@ def fetch(job_id: str, out: Path, wait: float, server: str | None, as_json: bool
     """Write the images of a completed job."""
     from insightedit.serve.job_client import images_of
 
+    wanted = format_of(out)
     job = _client(server).wait(job_id, wait)
     images = images_of(job)
-    if job.result is not None and job.result.output_format != format_of(out):
+    if job.result is not None and job.result.output_format != wanted:
         raise UsageError(f"--out {out}: the job's images are {job.result.output_format}; name the file accordingly.")
     files = write_all(out, images)
     emit([str(file) for file in files], as_json, lambda: map(str, files))
