@@ -39,7 +39,7 @@ NAMES: Final = {
     "ssim": "background SSIM",
     "lpips": "background LPIPS",
 }
-_CELL, _GAP, _HEAD, _LINE = 128, 10, 34, 20
+_CELL, _GAP, _HEAD, _LINE, _CAPTION = 128, 10, 54, 20, 54
 _STYLE: Final = f"""
 small {{ display: block; color: {SOFT}; white-space: nowrap; }}
 td.better {{ color: {GOOD}; }} td.worse {{ color: {BAD}; }}
@@ -140,7 +140,7 @@ def write_showcase(path: Path, groups: Mapping[str, Sequence[SheetCase]]) -> Non
         groups: cases by task, each with the edit of one method.
     """
     font, small = ImageFont.load_default(13), ImageFont.load_default(12)
-    width, height = 2 * _CELL + 3 * _GAP, _CELL + 2 * _LINE + 2 * _GAP
+    width, height = 2 * _CELL + 3 * _GAP, _CELL + _CAPTION + 2 * _GAP
     rows = max((len(cases) for cases in groups.values()), default=0)
     sheet = Image.new("RGB", (len(groups) * width + _GAP, _HEAD + rows * height), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -151,7 +151,7 @@ def write_showcase(path: Path, groups: Mapping[str, Sequence[SheetCase]]) -> Non
             top = _HEAD + row * height
             draw.multiline_text((left, top), textwrap.fill(f'"{case.instruction}"', 42), fill=INK, font=font, spacing=2)
             for place, picture in enumerate((case.source, *case.edits.values())):
-                sheet.paste(enlarged(picture, _CELL), (left + place * (_CELL + _GAP), top + 2 * _LINE))
+                sheet.paste(enlarged(picture, _CELL), (left + place * (_CELL + _GAP), top + _CAPTION))
     sheet.save(path, optimize=True)
 
 

@@ -290,7 +290,7 @@ def test_a_comparison_is_kept_and_gone_on_with(
     assert content["methods"]["copy"]["figures"]["psnr"]["all"]["mean"] == 100
     assert "lpips" not in content["methods"]["copy"]["figures"]
     assert content["missing"]["lpips"].startswith("No weights")
-    help_ = next(one for one in content["answers"] if "in training help" in one["ask"])
+    help_ = next(one for one in content["answers"] if "help with advanced" in one["ask"])
     assert help_["said"] == "Yes, by every measure."
     text = (result.folder / "comparison.md").read_text()
     assert "| source unchanged | 1 | 0.500 (0.500 to 0.500) |" in text
@@ -302,8 +302,8 @@ def test_a_comparison_is_kept_and_gone_on_with(
         assert sheet.width == 5 * 138 + 10
         # The last column is the target, which the whole method reaches in the column before.
         pixels = np.asarray(sheet)
-        assert np.array_equal(pixels[64:192, 4 * 138 + 10 : -10], pixels[64:192, 3 * 138 + 10 : 4 * 138])
-        assert not np.array_equal(pixels[64:192, 10:138], pixels[64:192, 3 * 138 + 10 : 4 * 138])
+        assert np.array_equal(pixels[84:212, 4 * 138 + 10 : -10], pixels[84:212, 3 * 138 + 10 : 4 * 138])
+        assert not np.array_equal(pixels[84:212, 10:138], pixels[84:212, 3 * 138 + 10 : 4 * 138])
     with Image.open(result.folder / "showcase.png") as showcase:
         assert showcase.width % (2 * 128 + 30) == 10
 

@@ -236,6 +236,18 @@ def data_prepare(
     emit(made, as_json, lambda: columns([heading, *rows]))
 
 
+@data.command("feedback")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; new, or empty.")
+@json_option
+def data_feedback(out: Path, as_json: bool) -> None:
+    """Write the edits that users of the server have accepted as a dataset that `pairs` reads."""
+    from insightedit.serve.feedback import export_feedback
+
+    done = export_feedback(open_workdir(), out)
+    check = f"`insightedit data check pairs {done.folder}`"
+    emit(done, as_json, lambda: [f"{done.pairs} accepted edits; {done.rejected} rejected ones stay out: {check}"])
+
+
 data.add_command(cli_construct.construct)
 data.add_command(cli_report.data_report)
 
