@@ -66,6 +66,7 @@ def construct(
     with connected():
         _run(work, tell)
         tell("Report", 0, 1, "")
+        work.store.child(pipeline.WORK).delete()
         counts = write_report(out, config.construction)
         shards = None
         if counts.kept:

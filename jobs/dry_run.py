@@ -244,7 +244,9 @@ def _weights(model: InsightEditModel, stage: StageConfig) -> Weights:
 
 
 def _encoders(model: InsightEditModel) -> dict[str, nn.Module]:
-    return {name: cast(nn.Module, getattr(model.own_pipeline, name)) for name in _ENCODERS}
+    """The frozen encoders beside the model, which is without those that are parts of it."""
+    beside = [name for name in _ENCODERS if getattr(model, name, None) is None]
+    return {name: cast(nn.Module, getattr(model.own_pipeline, name)) for name in beside}
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

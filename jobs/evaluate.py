@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
-from PIL import Image
-from ray.exceptions import RayTaskError
-from ray.util import ActorPool
-from torch import Tensor
-from torch.nn import functional as F
+from ray.exceptions import RayError
 
-from insightedit.model.pipeline import InsightEditPipeline, load_pipeline
-from insightedit.platform.cluster import connected
+from insightedit.model.editors import Picture, PictureEditor, load_editor_of
+from insightedit.platform.cluster import cause_of, connected
 from insightedit.platform.config import RunConfig
+from insightedit.platform.edit_cache import EditCache
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.evaluation import (
     EditCase,
@@ -46,6 +42,9 @@ from insightedit.platform.workdir import Workdir
 
 CONTROL_SCENES = 50
 """Scenes of the control with shuffled instructions: enough for a mean that must be close to 0."""
+
+RESTARTS = 3
+"""Times that an editing process that died is started again, in a whole evaluation."""
 
 Progress = Callable[[int, int], None]
 """Is told how many edits of how many are made."""
@@ -76,39 +75,39 @@ class PipelineActor:
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
         self._folder: str | None = None
-        self._pipeline: InsightEditPipeline | None = None
+        self._editor: PictureEditor | None = None
 
     def edit(
-        self, folder: str, instructions: Sequence[str], sources: Sequence[NDArray[np.uint8]], seeds: Sequence[int]
-    ) -> NDArray[np.float32]:
-        """Edit one batch.
+        self, folder: str, instructions: Sequence[str], sources: Sequence[Picture], seeds: Sequence[int]
+    ) -> list[Picture]:
+        """Edit one batch of pictures of one size.
 
         Returns:
-            The pipeline's raw output (B, H, W, 3) in [0, 1].
+            The edits (H, W, 3), of the sources' size.
         """
-        if self._pipeline is None or self._folder != folder:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._pipeline, self._folder = load_pipeline(folder).to(device), folder
-        images = [Image.fromarray(source) for source in sources]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        output: Any = self._pipeline(list(instructions), images, generator=generators, output_type="pt")
-        edits: Tensor = output.images
-        if edits.shape[2:] != sources[0].shape[:2]:  # the model's own size; a picture is judged at its own
-            edits = F.interpolate(edits, sources[0].shape[:2], mode="bicubic", antialias=True).clamp(0, 1)
-        return edits.permute(0, 2, 3, 1).numpy()
+        if self._editor is None or self._folder != folder:
+            # The old one's memory first: two may not fit.
+            self._editor = None
+            self._editor, self._folder = load_editor_of(folder), folder
+        return self._editor.edit(instructions, sources, seeds)
 
 
 class EditorPool:
     """Processes that edit for one evaluation after the other: starting them takes longer than editing.
 
-    Batches are the same whatever the number of processes, so the figures are too.
+    Batches are the same whatever the number of processes, and whatever of them was made before; so the figures are too.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        workers = config.workers
-        self._batch = config.evaluation.batch
-        actor: Any = ray.remote(num_cpus=0.5, num_gpus=workers.gpus, max_restarts=1, max_task_retries=1)(PipelineActor)
-        self._actors: list[Any] = [actor.remote(workers.threads) for _ in range(workers.sizes[0])]
+    def __init__(self, config: RunConfig, workdir: Workdir | None = None) -> None:
+        """Start nothing yet.
+
+        Args:
+            config: how many processes edit, and on what.
+            workdir: where edits are kept, so that an evaluation that was killed goes on; nowhere if None.
+        """
+        self._config = config
+        self._kept = workdir and workdir.edited
+        self._actors: list[Any] = []
 
     def __enter__(self) -> EditorPool:
         return self
@@ -125,28 +124,71 @@ class EditorPool:
         Raises:
             InsightEditError: a process failed.
         """
+        device = "gpu" if self._config.workers.gpus else "cpu"
+        cache = EditCache(self._kept, folder, device) if self._kept else None
+        edits: dict[int, Picture] = {}
 
-        def submit(actor: Any, batch: Sequence[EditCase]) -> Any:
-            columns = zip(*((case.instruction, case.source, case.seed) for case in batch), strict=True)
-            return actor.edit.remote(str(folder), *(list(column) for column in columns))
+        def take(batch: Sequence[int], made: Sequence[Picture]) -> None:
+            edits.update(zip(batch, made, strict=True))
+            if progress is not None:
+                progress(len(edits), len(cases))
 
-        batches = [cases[start : start + self._batch] for start in range(0, len(cases), self._batch)]
-        edits: list[Pixels] = []
-        pool: Any = ActorPool(self._actors)
+        missing: list[list[int]] = []
+        for batch in _batches(cases, self._config.evaluation.batch):
+            kept = cache.get([cases[place] for place in batch]) if cache else None
+            if kept is None:
+                missing.append(batch)
+            else:
+                take(batch, kept)
+        for batch, made in self._made(folder, cases, missing):
+            if cache is not None:
+                cache.put([cases[place] for place in batch], made)
+            take(batch, made)
+        return [edits[place] for place in range(len(cases))]
+
+    def _made(
+        self, folder: Path, cases: Sequence[EditCase], batches: Sequence[list[int]]
+    ) -> Iterator[tuple[list[int], list[Picture]]]:
+        """Batches as they are made, in any order. A process that dies is started again, and with it what it was at."""
+        waiting, running = deque(batches), dict[Any, tuple[Any, list[int]]]()
+        idle = list(self._started(len(batches)))
         try:
-            for images in pool.map(submit, batches):
-                edits.extend(images)
-                if progress is not None:
-                    progress(len(edits), len(cases))
-        except RayTaskError as error:
-            raise InsightEditError(f"The edits of {folder} failed: {str(error.cause).rstrip('.')}.") from error
-        return edits
+            while waiting or running:
+                while waiting and idle:
+                    actor, batch = idle.pop(), waiting.popleft()
+                    asked = zip(
+                        *((one.instruction, one.source, one.seed) for one in map(cases.__getitem__, batch)), strict=True
+                    )
+                    running[actor.edit.remote(str(folder), *(list(column) for column in asked))] = actor, batch
+                ready, _ = ray.wait(list(running), num_returns=1)
+                actor, batch = running.pop(ready[0])
+                idle.append(actor)
+                yield batch, ray.get(ready[0])
+        except RayError as error:
+            raise InsightEditError(f"The edits of {folder} failed: {cause_of(error).rstrip('.')}.") from error
+
+    def _started(self, most: int) -> Sequence[Any]:
+        """The processes, as many as are wanted and there is work for."""
+        workers, wanted = self._config.workers, self._config.evaluation.replicas
+        options: dict[str, Any] = {"num_cpus": 0.5, "num_gpus": workers.gpus}
+        actor: Any = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **options)(PipelineActor)
+        while len(self._actors) < min(most, wanted or workers.sizes[0]):
+            self._actors.append(actor.remote(workers.threads))
+        return self._actors
+
+
+def _batches(cases: Sequence[EditCase], size: int) -> list[list[int]]:
+    """The places of cases whose pictures have one size, some at a time, in their order."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for place, case in enumerate(cases):
+        alike.setdefault(case.source.shape, []).append(place)
+    return [places[start : start + size] for places in alike.values() for start in range(0, len(places), size)]
 
 
 @contextmanager
-def editor_pool(config: RunConfig) -> Generator[EditorPool]:
+def editor_pool(config: RunConfig, workdir: Workdir | None = None) -> Generator[EditorPool]:
     """An `EditorPool` on the Ray that there is, or on a local one of its own."""
-    with connected(), EditorPool(config) as pool:
+    with connected(), EditorPool(config, workdir) as pool:
         yield pool
 
 
@@ -184,7 +226,7 @@ def evaluate(
     by, meter = build_judge(config.evaluation.judge, workdir), Meter(config.evaluation.metrics)
     wanted = [*cases, *shuffled(controls)]
     if editor is None:
-        with editor_pool(config) as pool:
+        with editor_pool(config, workdir) as pool:
             edits = pool.edit(folder, wanted, progress)
     else:
         edits = editor.edit(folder, wanted, progress)

@@ -64,7 +64,7 @@ def prepare(
     # Nothing is deleted or made before all that is there was looked at.
     ready = {name: prepared_manifest(shardings[name], stores[name]) for name in shardings if name not in rebuild}
     for name in rebuild:
-        chunks_of(shardings[name].dataset, config.seed)
+        chunks_of(shardings[name].dataset, config.shard_seed)
     result: dict[str, PreparedDataset] = {}
     with connected():
         for name, sharding in shardings.items():
@@ -93,7 +93,7 @@ def _sharding(config: RunConfig, sources: SourcesConfig, name: str) -> Sharding:
     return Sharding(
         name=name,
         dataset=data.datasets[name],
-        seed=config.seed,
+        seed=config.shard_seed,
         rows_per_shard=data.rows_per_shard,
         quarantine_limit=data.quarantine_limit,
         pictures=data.pictures,

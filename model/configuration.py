@@ -51,6 +51,8 @@ class BimConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
+    enabled: bool = True
+    """Without it the model has no BIM: the Q-Former's output is f_txt, and nothing is added to the UNet's latents."""
     num_layers: int = 2
     num_heads: int = 8
     mlp_size: int = 2048
@@ -123,6 +125,9 @@ class ModelConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
     sources: SourcesConfig
+    conditioning: Literal["mllm", "text"] = "mllm"
+    """Who reads the instruction: the language model with the bridging module, or the diffusion model's own frozen text
+    encoder alone. The latter is InstructPix2Pix: stage 2 trains its UNet, and there are no other stages."""
     resolution: int = 256
     """Side in pixels of the square whose area an edited image has inside the model."""
     num_mm_tokens: int = 32

@@ -95,6 +95,12 @@ class FrozenEncoders(nn.Module):
 
 def encode_text(text_encoder: CLIPTextModel, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """CLIP's last hidden states (B, T, D) of texts, cut or padded to the tower's length."""
-    length = text_encoder.config.max_position_embeddings
-    ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return text_encoder(ids.input_ids.to(text_encoder.device)).last_hidden_state
+    ids = text_ids(tokenizer, text_encoder.config.max_position_embeddings, texts)
+    return text_encoder(ids.to(text_encoder.device)).last_hidden_state
+
+
+def text_ids(tokenizer: Any, length: int, texts: Sequence[str]) -> Tensor:
+    """Ids (B, T) of texts, cut or padded to CLIP's length T."""
+    return tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).input_ids

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor, nn
 
 from insightedit.model.bridge import BidirectionalInteraction, ImageAlignmentAdapter, QFormer
-from insightedit.model.configuration import DiffusionConfig, LoraConfig, ModelConfig
+from insightedit.model.configuration import BimConfig, DiffusionConfig, LoraConfig, ModelConfig
 from insightedit.model.encoders import encode_text
 from insightedit.model.losses import LossTerm, mm_token_loss, squared_error
 from insightedit.model.memory import halve
@@ -45,13 +45,41 @@ def build_pipeline(
     channels = 2 * diffusion["vae"].config.latent_channels
     diffusion["unet"] = InsightEditUNet.from_unet(diffusion["unet"], in_channels=channels)
     image_encoder: Any = load_image_encoder(config.sources, dtype)
+    if config.conditioning == "text":
+        return join_text_parts(config, diffusion, image_encoder)
     mllm = load_mllm(config.sources, "auto" if halve_mllm else dtype)
     if halve_mllm:
         halve(mllm)
     pipeline = join_parts(config, diffusion, image_encoder, mllm)
     for part in (pipeline.mm_tokens, pipeline.qformer, pipeline.bim, pipeline.adapter):
-        nn.Module.to(part, dtype)  # diffusers' own warns of nothing
+        if part is not None:
+            nn.Module.to(part, dtype)  # diffusers' own warns of nothing
     return pipeline
+
+
+def join_text_parts(config: ModelConfig, diffusion: dict[str, Any], image_encoder: Any) -> InsightEditPipeline:
+    """InstructPix2Pix: the text encoder alone conditions the UNet. Arguments as in `join_parts`.
+
+    The image encoder takes no part in edits; shards have its features, and that they fit is checked by it.
+    """
+    return InsightEditPipeline(
+        **diffusion,
+        image_encoder=image_encoder,
+        image_processor=load_image_processor(config.sources),
+        **_own_settings(config),
+    )
+
+
+def _own_settings(config: ModelConfig) -> dict[str, Any]:
+    """What a fresh pipeline keeps beside its parts."""
+    return {
+        "resolution": config.resolution,
+        "prompt_length": config.prompt_length,
+        "image_branch": False,
+        "num_inference_steps": config.sampling.num_inference_steps,
+        "guidance_scale": config.sampling.guidance_scale,
+        "image_guidance_scale": config.sampling.image_guidance_scale,
+    }
 
 
 def join_parts(config: ModelConfig, diffusion: dict[str, Any], image_encoder: Any, mllm: Any) -> InsightEditPipeline:
@@ -76,14 +104,8 @@ def join_parts(config: ModelConfig, diffusion: dict[str, Any], image_encoder: An
         mllm_processor=load_mllm_processor(config.sources),
         mm_tokens=mm_tokens,
         qformer=_build_qformer(config, text.max_position_embeddings, text.hidden_size, width),
-        bim=BidirectionalInteraction(
-            text_size=text.hidden_size,
-            width=image_encoder.config.hidden_size,
-            spatial_channels=unet.config["block_out_channels"][0],
-            num_layers=config.bim.num_layers,
-            num_heads=config.bim.num_heads,
-            mlp_size=config.bim.mlp_size,
-            text_weight=config.bim.text_weight,
+        bim=_build_bim(
+            config.bim, text.hidden_size, image_encoder.config.hidden_size, unet.config["block_out_channels"][0]
         ),
         adapter=ImageAlignmentAdapter(
             num_mm_tokens=config.num_mm_tokens,
@@ -94,12 +116,21 @@ def join_parts(config: ModelConfig, diffusion: dict[str, Any], image_encoder: An
             num_tokens=config.adapter.num_tokens,
             pooling=config.adapter.pooling,
         ),
-        resolution=config.resolution,
-        prompt_length=config.prompt_length,
-        image_branch=False,
-        num_inference_steps=config.sampling.num_inference_steps,
-        guidance_scale=config.sampling.guidance_scale,
-        image_guidance_scale=config.sampling.image_guidance_scale,
+        **_own_settings(config),
+    )
+
+
+def _build_bim(config: BimConfig, text_size: int, width: int, channels: int) -> BidirectionalInteraction | None:
+    if not config.enabled:
+        return None
+    return BidirectionalInteraction(
+        text_size=text_size,
+        width=width,
+        spatial_channels=channels,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        mlp_size=config.mlp_size,
+        text_weight=config.text_weight,
     )
 
 
@@ -123,7 +154,8 @@ class InsightEditModel(nn.Module):
     `clip_patches` (B, G * G, W) of the source; `source_embeds` and `target_embeds` (B, P); `text_states` (B, T, D) of
     the caption; `source_latents` (B, 4, h, w), unscaled; `target_moments` (B, 8, h, w); `diffusion_weight` (B,), 0
     where there is no target; and `seed` (B,), which all of a sample's noise follows from, so that it does not depend
-    on how samples are spread over workers.
+    on how samples are spread over workers. A model that a text encoder conditions reads `text_ids` (B, T) in place of
+    the language model's inputs.
     """
 
     def __init__(self, pipeline: InsightEditPipeline, lora: LoraConfig, diffusion: DiffusionConfig) -> None:
@@ -138,10 +170,13 @@ class InsightEditModel(nn.Module):
         self.mllm = pipeline.mllm
         self.mm_tokens: MultimodalTokens = pipeline.mm_tokens
         self.qformer: QFormer = pipeline.qformer
-        self.bim: BidirectionalInteraction = pipeline.bim
+        self.bim: BidirectionalInteraction | None = pipeline.bim
         self.adapter: ImageAlignmentAdapter = pipeline.adapter
         self.unet: InsightEditUNet = pipeline.unet
-        add_lora(self.mllm, lora)
+        # Without a language model it reads the instructions, frozen.
+        self.text_encoder = pipeline.text_encoder if self.mllm is None else None
+        if self.mllm is not None:
+            add_lora(self.mllm, lora)
         with torch.no_grad():
             self.null_text = nn.Buffer(encode_text(pipeline.text_encoder, pipeline.tokenizer, [""]))
         vae: AutoencoderKL = pipeline.vae
@@ -167,6 +202,8 @@ class InsightEditModel(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, LossTerm]:
         """The losses of a stage's equation, by their names in the seed."""
+        if self.text_encoder is not None:
+            return self._text_losses(batch, stage)
         inputs = _unpadded({name: x for name, x in batch.items() if name not in _OWN_INPUTS})
         around = hidden_states(self.mllm, self.mm_tokens, inputs)
         states = around[:, 1:]
@@ -181,7 +218,9 @@ class InsightEditModel(nn.Module):
                 "L_TB": LossTerm(squared_error(queries, batch["text_states"]), every),
             }
         edits = batch["diffusion_weight"]
-        f_txt, spatial = self.bim(queries, batch["clip_patches"].to(queries.dtype))
+        f_txt, spatial = queries, None
+        if self.bim is not None:
+            f_txt, spatial = self.bim(queries, batch["clip_patches"].to(queries.dtype))
         alignment = LossTerm(squared_error(mapped, batch["target_embeds"]), edits)
         if stage == 2:
             return {
@@ -192,11 +231,27 @@ class InsightEditModel(nn.Module):
         diffusion = self._diffusion_loss(batch, f_txt, mapped, spatial)
         return {"L_IAA": alignment, "L_diff2": LossTerm(diffusion, edits)}
 
+    def _text_losses(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, LossTerm]:
+        """InstructPix2Pix's loss: L_diff1 on the text encoder's states. What there is no module for is 0."""
+        if stage != 2 or self.text_encoder is None:
+            raise ValueError(f"stage {stage} trains parts that model.conditioning: text leaves out.")
+        with torch.no_grad():
+            text = self.text_encoder(batch["text_ids"]).last_hidden_state
+        edits = batch["diffusion_weight"]
+        nothing = torch.zeros_like(edits)
+        return {
+            "L_MLLM": LossTerm(nothing, torch.ones_like(edits)),
+            "L_IAA": LossTerm(nothing, edits),
+            "L_diff1": LossTerm(self._diffusion_loss(batch, text, None, None), edits),
+        }
+
     def _token_loss(self, around: Tensor) -> Tensor:
         logits = token_logits(self.mllm, self.mm_tokens, around[:, :-1])
         return mm_token_loss(logits, logits.shape[-1] - self.mm_tokens.config["num_tokens"])
 
-    def _diffusion_loss(self, batch: Mapping[str, Tensor], f_txt: Tensor, mapped: Tensor | None, v: Tensor) -> Tensor:
+    def _diffusion_loss(
+        self, batch: Mapping[str, Tensor], f_txt: Tensor, mapped: Tensor | None, v: Tensor | None
+    ) -> Tensor:
         """L_diff1 (without f_img) and L_diff2 of equations 3 and 4, for each sample (B,)."""
         timesteps = self.noise_scheduler.config.num_train_timesteps
         draws = draw_noise(batch["seed"], batch["source_latents"].shape, timesteps, self.diffusion.high_noise)
@@ -230,8 +285,11 @@ class InsightEditModel(nn.Module):
             image_branch: whether f_img takes part: True once stage 3 has trained it.
         """
         own = self.own_pipeline
-        parts = {name: part for name, part in own.components.items() if name != "mllm"}
-        result = InsightEditPipeline(**parts, mllm=without_lora(self.mllm), **_settings(own), image_branch=image_branch)
+        # Without a language model, an edit takes what InstructPix2Pix has and nothing else.
+        unused = {"mllm"} if self.mllm is not None else {"mllm", "image_encoder", "image_processor"}
+        parts = {name: part for name, part in own.components.items() if name not in unused}
+        mllm = None if self.mllm is None else without_lora(self.mllm)
+        result = InsightEditPipeline(**parts, mllm=mllm, **_settings(own), image_branch=image_branch)
         result.set_progress_bar_config(disable=True)
         return result
 

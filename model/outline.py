@@ -23,7 +23,7 @@ from transformers import (
 
 from insightedit.model import llava
 from insightedit.model.configuration import ModelConfig, SourcesConfig
-from insightedit.model.insightedit import InsightEditModel, join_parts
+from insightedit.model.insightedit import InsightEditModel, join_parts, join_text_parts
 from insightedit.model.pipeline import InsightEditPipeline
 from insightedit.model.unet import InsightEditUNet
 from insightedit.model.weights import SINGLE_FILE_CONFIG, load_diffusion
@@ -41,9 +41,13 @@ def build_outline(config: ModelConfig) -> InsightEditModel:
     diffusion = _outline_diffusion(sources)
     vision: Any = _read("image_encoder", sources.image_encoder, CLIPVisionConfig.from_pretrained)
     with torch.device("meta"):
-        mllm: Any = AutoModelForImageTextToText
-        language = mllm.from_config(_mllm_config(sources), dtype=torch.float32)
-        pipeline = join_parts(config, diffusion, CLIPVisionModelWithProjection(vision), language)
+        image_encoder = CLIPVisionModelWithProjection(vision)
+        if config.conditioning == "text":
+            pipeline = join_text_parts(config, diffusion, image_encoder)
+        else:
+            mllm: Any = AutoModelForImageTextToText
+            language = mllm.from_config(_mllm_config(sources), dtype=torch.float32)
+            pipeline = join_parts(config, diffusion, image_encoder, language)
     # Not on `meta`: the noise schedule is a table that the loss looks things up in.
     return InsightEditModel(pipeline, config.lora, config.diffusion)
 
@@ -53,10 +57,8 @@ def outline_batch(pipeline: InsightEditPipeline, rows: int) -> dict[str, Tensor]
 
     Numbers are on the `meta` device. Ids, masks and seeds are real: what they are decides what is computed.
     """
-    prompts = pipeline.prompts
-    pixels = torch.zeros(rows, 3, prompts.image_side, prompts.image_side, dtype=torch.uint8)
-    inputs = prompts(["a " * prompts.max_length] * rows, pixels, cut=True)
     vision, text, vae = (part.config for part in (pipeline.image_encoder, pipeline.text_encoder, pipeline.vae))
+    inputs = _outline_inputs(pipeline, rows, text.max_position_embeddings)
     patches = (vision.image_size // vision.patch_size) ** 2
     side = pipeline.config["resolution"] // 2 ** (len(vae.block_out_channels) - 1)
     shapes = {
@@ -71,6 +73,15 @@ def outline_batch(pipeline: InsightEditPipeline, rows: int) -> dict[str, Tensor]
     numbers = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     inputs = {name: x.to("meta") if x.is_floating_point() else x for name, x in inputs.items()}
     return {**inputs, **numbers, "seed": torch.arange(rows)}
+
+
+def _outline_inputs(pipeline: InsightEditPipeline, rows: int, text_length: int) -> dict[str, Tensor]:
+    """What whoever reads the instructions is given."""
+    if pipeline.mllm is None:
+        return {"text_ids": torch.zeros(rows, text_length, dtype=torch.long)}
+    prompts = pipeline.prompts
+    pixels = torch.zeros(rows, 3, prompts.image_side, prompts.image_side, dtype=torch.uint8)
+    return prompts(["a " * prompts.max_length] * rows, pixels, cut=True)
 
 
 def _outline_diffusion(sources: SourcesConfig) -> dict[str, Any]:

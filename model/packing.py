@@ -37,7 +37,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        return _ops._linear_pointwise(x, self._weight, self._bias, *_NO_ACTIVATION)
+        # Under autocast, layers that are not packed may give another type than the weights'.
+        return _ops._linear_pointwise(x.to(self._weight.dtype), self._weight, self._bias, *_NO_ACTIVATION)
 
 
 class PackedConv2d(nn.Module):
@@ -56,6 +57,7 @@ class PackedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, h, w) to (B, out, h', w')."""
+        x = x.to(self._weight.dtype)
         return _ops._convolution_pointwise(x, self._weight, self._bias, *self._how, *_NO_ACTIVATION)
 
 

@@ -195,7 +195,9 @@ class InsightEditPipeline(DiffusionPipeline):
             text, image_tokens, spatial = self._condition_rows(prompts, images)
         else:
             rows = [self._condition_rows([text], [picture]) for text, picture in zip(prompts, images, strict=True)]
-            text, image_tokens, spatial = (torch.cat(parts) for parts in zip(*rows, strict=True))
+            texts, image_rows, spatials = zip(*rows, strict=True)
+            text, image_tokens = torch.cat(texts), torch.cat(image_rows)
+            spatial = None if spatials[0] is None else torch.cat(cast("tuple[Tensor, ...]", spatials))
         if not self.config["image_branch"]:
             return EditConditions(text, null_text, spatial=spatial)
         null_image = self.adapter.project(torch.zeros_like(self.adapter.map(self._zero_states())))
@@ -205,16 +207,20 @@ class InsightEditPipeline(DiffusionPipeline):
         """CLIP's states (B, T, D), always in rows of one shape."""
         return torch.cat([encode_text(self.text_encoder, self.tokenizer, [text]) for text in texts])
 
-    def _condition_rows(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
-        """f_txt, f_img and v of B edits in one pass."""
+    def _condition_rows(
+        self, prompts: Sequence[str], images: Sequence[Image.Image]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """f_txt, f_img and v of B edits in one pass; a model without BIM has no v."""
         pixels = [to_pixels([image]) for image in images]
         inputs = self.prompts.encode_text(prompts)
         seen = [self.prompts.encode_images(one) for one in pixels]
         inputs |= {name: torch.cat([one[name] for one in seen]) for name in seen[0]}
         inputs = {name: x.to(self.mllm.device) for name, x in inputs.items()}
         states = hidden_states(self.mllm, self.mm_tokens, inputs)[:, 1:].to(self.qformer.dtype)
-        patches = torch.cat([self.encoders.encode_images(one).patches for one in pixels]).to(states.dtype)
-        text, spatial = self.bim(self.qformer(states), patches)
+        text, spatial = self.qformer(states), None
+        if self.bim is not None:
+            patches = torch.cat([self.encoders.encode_images(one).patches for one in pixels]).to(states.dtype)
+            text, spatial = self.bim(text, patches)
         return text, self.adapter(states), spatial
 
     def _zero_states(self) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, cast
 
+from insightedit.model.configuration import ModelConfig
+
 Part = Literal["mm_tokens", "lora", "qformer", "mapper", "bim", "unet", "adapter", "image_branch"]
 
 
@@ -32,6 +34,14 @@ STAGES: dict[int, Stage] = {
     # Equation 4: the image branch.
     3: Stage(number=3, trains=frozenset({"mapper", "adapter", "image_branch"}), losses=("L_IAA", "L_diff2")),
 }
+
+
+def parts_trained(number: int, model: ModelConfig) -> frozenset[Part]:
+    """The parts that a stage trains, of those that the model has."""
+    trains = STAGES[number].trains
+    if model.conditioning == "text":
+        return trains & {"unet"}
+    return trains if model.bim.enabled else trains - {"bim"}
 
 
 def part_of(parameter: str) -> Part | None:

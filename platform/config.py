@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from insightedit.model.configuration import ModelConfig, SourcesConfig
-from insightedit.model.stages import STAGES, Part
+from insightedit.model.stages import STAGES, Part, parts_trained
 from insightedit.platform.chat.config import JudgeConfig
 from insightedit.platform.construction.config import ConstructionConfig
 from insightedit.platform.errors import NotFoundError, UsageError
@@ -80,6 +80,8 @@ class DataConfig(_Settings):
     encode: Literal["ahead", "while_training"] = "ahead"
     """Whether latents and embeddings are kept in the shards, or computed by a pool of encoders while training."""
     rows_per_shard: Count = 512
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Of the order of rows in the shards; the config's own if None. With one, trainings of all seeds share shards."""
     read_tasks: Count = 2
     """Tasks at a time that read, check and write a dataset."""
     quarantine_limit: Share = 0.01
@@ -259,7 +261,9 @@ class EvaluationConfig(_Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the edits' noise, and of the scenes of shapes."""
     batch: Count = 16
-    """Edits at a time."""
+    """Edits at a time, in each process."""
+    replicas: Count | None = None
+    """Processes that edit, each with the whole model; the least number of `workers.count` if None."""
     metrics: MetricsConfig = MetricsConfig()
 
 
@@ -391,12 +395,14 @@ class RunConfig(_Settings):
             where = f"stages.{number}"
             if unknown := stage.datasets.keys() - self.data.datasets.keys():
                 raise ValueError(f"{where}.datasets names {sorted(unknown)[0]!r}, which data.datasets does not have")
-            expected = STAGES[number].losses
+            trains, expected = parts_trained(number, self.model), STAGES[number].losses
+            if not trains:
+                raise ValueError(f"{where} trains nothing of this model; take the stage away with {where}=null")
             if set(stage.losses) != set(expected):
                 raise ValueError(f"{where}.losses must give a weight to each of {', '.join(expected)} and nothing else")
             for field, parts in (("learning_rates", stage.learning_rates), ("warmups", stage.warmups)):
-                if idle := parts.keys() - STAGES[number].trains:
-                    trained = ", ".join(sorted(STAGES[number].trains))
+                if idle := parts.keys() - trains:
+                    trained = ", ".join(sorted(trains))
                     raise ValueError(f"{where}.{field} names {sorted(idle)[0]!r}; the stage trains {trained}")
             _check_divides(f"{where}.global_batch", stage.global_batch, self.workers)
             if stage.zero == 3 and stage.validate_every:
@@ -422,6 +428,15 @@ class RunConfig(_Settings):
         sources = dataclasses.asdict(self.model.sources)
         found = {part: source and _resolve_source(f"model.sources.{part}", source) for part, source in sources.items()}
         return dataclasses.replace(self.model, sources=SourcesConfig(**found))
+
+    @property
+    def shard_seed(self) -> int:
+        """What the order of rows in the shards follows from."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    def stage_before(self, number: int) -> int | None:
+        """The stage whose weights a stage starts from; None for the config's first."""
+        return max((stage for stage in self.stages if stage < number), default=None)
 
     def fingerprint(self, stage: int) -> str:
         """A sha256 over all that the weights after a stage depend on, but for the shards, which have their own."""
@@ -460,11 +475,32 @@ def load_preset(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UsageError(_sentence(error, path)) from None
 
 
+def changed_config(config: RunConfig, changes: Mapping[str, Any], source: str) -> RunConfig:
+    """A config with changes laid over it, as by a file that extends it.
+
+    Args:
+        config: what is changed.
+        changes: fields; null takes one away.
+        source: of the changes, as errors call it.
+
+    Raises:
+        UsageError: a field is unknown or wrong.
+    """
+    try:
+        return RunConfig.model_validate(_overlaid(_content(config), dict(changes)))
+    except ValidationError as error:
+        raise UsageError(_sentence(error, Path(source))) from None
+
+
 def dump_config(config: RunConfig) -> str:
     """A resolved config as YAML that `load_preset` reads back; it extends nothing."""
+    return yaml.safe_dump(_content(config), sort_keys=False)
+
+
+def _content(config: RunConfig) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     content["stages"] = {int(number): stage for number, stage in content["stages"].items()}
-    return yaml.safe_dump(content, sort_keys=False)
+    return content
 
 
 def preset_names() -> list[str]:

@@ -40,7 +40,7 @@ class EditCache:
         Args:
             folder: where all pipelines' edits are kept; it need not be there yet.
             pipeline: the folder of the one that edits.
-            device: what it runs on, whose rounding may be its own.
+            device: what it runs on, which rounds in its own way.
         """
         self._folder = folder
         self._pipeline = json.dumps([_identity(pipeline), _code(), device])

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from insightedit.model.configuration import ModelConfig
+from insightedit.model.encoders import text_ids
 from insightedit.model.insightedit import InsightEditModel, build_pipeline
 from insightedit.model.prompts import PromptEncoder
 from insightedit.model.stages import STAGES, Part, part_of
-from insightedit.model.weights import load_mllm_processor
+from insightedit.model.weights import load_diffusion, load_mllm_processor
 from insightedit.platform.config import DatasetConfig
 from insightedit.platform.datasets import reader_named, records_of
 from insightedit.platform.encoding import RecordEncoder
@@ -60,6 +61,8 @@ class EditingTask:
 
     def make_collate(self) -> Collate:
         """Rows of prepared shards to a model's inputs."""
+        if self.model.conditioning == "text":
+            return self._collate_texts()
         processor = load_mllm_processor(self.model.sources)
         prompts = PromptEncoder(processor, self.model.num_mm_tokens, self.model.prompt_length)
 
@@ -68,6 +71,18 @@ class EditingTask:
             images = prompts.encode_images(to_tensor(squares))
             inputs = {**prompts.encode_text(table.column("instruction").to_pylist(), cut=True), **images}
             return {**features_of(table), **{name: tensor.numpy() for name, tensor in inputs.items()}}
+
+        return collate
+
+    def _collate_texts(self) -> Collate:
+        """The instructions alone, for the text encoder."""
+        tokenizer = load_diffusion(self.model.sources, parts=("tokenizer",))["tokenizer"]
+
+        def collate(table: Table) -> Arrays:
+            features = features_of(table)
+            length = features["text_states"].shape[1]
+            ids = text_ids(tokenizer, length, table.column("instruction").to_pylist())
+            return {**features, "text_ids": ids.numpy()}
 
         return collate
 
@@ -87,7 +102,8 @@ class EditingTask:
 
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
         """The variance between the Q-Former's queries, which falls to 0 when they collapse."""
-        return {"query_variance": float(cast(InsightEditModel, model).query_variance)}
+        own = cast(InsightEditModel, model)
+        return {"query_variance": float(own.query_variance)} if own.mllm is not None else {}
 
     def pictures(self, model: nn.Module, stage: int) -> dict[str, Image.Image]:
         """One sheet of validation edits: source, edit and target side by side. Stage 1 has trained no edits yet."""

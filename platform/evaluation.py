@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -163,7 +163,7 @@ def evaluation_cases(config: EvaluationConfig, scenes: int | None = None) -> lis
             "evaluation.benchmark is shapes, which takes no options; set evaluation.split, scenes and seed."
         )
     count = min([*wanted, config.scenes or SHAPES_SCENES])
-    return [case for number in range(count) for case in _shapes_cases(config, cast(Split, config.split), number)]
+    return [case for number in range(count) for case in _shapes_cases(config, config.split, number)]
 
 
 def _shapes_cases(config: EvaluationConfig, split: Split, number: int) -> list[EditCase]:

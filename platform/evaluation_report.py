@@ -268,7 +268,8 @@ def _changes(page: EvaluationPage, rows: Sequence[_Row]) -> list[str]:
     counts = f"{sum(gain > 0 for gain in gains)} better, {sum(gain < 0 for gain in gains)} worse"
     intro = (
         f"<p class=soft>VIEScore minus that of {html.escape(page.champion.name)} on the same cases and noise: {counts},"
-        f" {sum(gain == 0 for gain in gains)} the same. Intervals are of the paired difference.</p>"
+        f" {sum(gain == 0 for gain in gains)} the same. Intervals are of the paired difference;"
+        " a promotion decides by a test of its own.</p>"
     )
     gained, lost = _gained_and_lost(rows)
     parts = [intro, _changes_table(rows)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,8 +53,11 @@ def model_card(registry: Registry, version: ModelVersion) -> str:
 
 
 def keep_card(registry: Registry, version: ModelVersion) -> None:
-    """Keep the page, as it is now, as the version's description in the registry."""
-    page = _page(version, _known(registry, version))
+    """Keep the page, as it is now, as the version's description in the registry.
+
+    Without what was decided about the version: that goes on, and the registry shows its aliases anyway.
+    """
+    page = _page(version, replace(_known(registry, version), decisions=()))
     registry.client.update_model_version(version.name, version.version, page[:_LONGEST])
 
 

@@ -78,7 +78,7 @@ def write_sheet(path: Path, rows: Sequence[SheetRow]) -> None:
         top = _GAP + 24 + number * (_CELL + _GAP)
         for left, picture in zip((lefts[0], *lefts[2:]), (row.source, row.edit, row.target), strict=True):
             if picture is not None:
-                sheet.paste(_enlarged(picture), (left, top))
+                sheet.paste(enlarged(picture, _CELL), (left, top))
         text = textwrap.fill(row.instruction, 28)
         draw.multiline_text((lefts[1], top + 8), text, fill=INK, font=font, spacing=6)
         draw.text((lefts[1], top + _CELL - 24), row.note, fill=SOFT, font=small)
@@ -117,13 +117,13 @@ def _sheet_row(one: JudgedEdit) -> SheetRow:
     )
 
 
-def _enlarged(picture: NDArray[np.uint8]) -> Image.Image:
+def enlarged(picture: NDArray[np.uint8], cell: int) -> Image.Image:
     """A picture fitted into a cell: whole multiples where it is smaller, so that its pixels stay square."""
     image = Image.fromarray(picture)
     side = max(image.size)
-    if side > _CELL:
-        return image.resize((image.width * _CELL // side, image.height * _CELL // side), Image.Resampling.LANCZOS)
-    times = _CELL // side
+    if side > cell:
+        return image.resize((image.width * cell // side, image.height * cell // side), Image.Resampling.LANCZOS)
+    times = cell // side
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 

@@ -181,8 +181,7 @@ def train_stages(plan: TrainingPlan, on_progress: Callable[[Progress], None] | N
     """
     todo = [number for number in plan.stages if not _is_done(plan, number)]
     if todo:
-        if todo[0] > 1:
-            check_start(plan, todo[0])
+        check_start(plan, todo[0])
         plan.checkpoint_place(todo[0])
         plan.folder.mkdir(parents=True, exist_ok=True)
         if not plan.beginning.is_file():
@@ -198,8 +197,8 @@ def check_start(plan: TrainingPlan, number: int) -> None:
     Raises:
         UsageError: it is not.
     """
-    before = number - 1
-    if before not in plan.stages and StageResult.read(plan.stage_folder(before)) is None:
+    before = plan.config.stage_before(number)
+    if before is not None and before not in plan.stages and StageResult.read(plan.stage_folder(before)) is None:
         raise UsageError(
             f"Stage {number} starts from stage {before}, which run {plan.name} has not finished; train that first."
         )

@@ -112,6 +112,11 @@ class Workdir:
         return self.root / "runs"
 
     @property
+    def edited(self) -> Path:
+        """Edits that evaluations made; all of it may be deleted at any time."""
+        return self.root / "edited"
+
+    @property
     def reports(self) -> Path:
         """The pages of evaluations."""
         return self.root / "reports"

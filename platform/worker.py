@@ -193,8 +193,9 @@ class StageWorker:
         """The model as the stage begins, on the CPU: equal on every rank."""
         torch.manual_seed(self.plan.config.seed)
         model = self.plan.task.build_model(halved=self.config.frozen == "bf16")
-        if self.number > 1:
-            load_weights(model, stage_weights(self.plan, self.number - 1))
+        before = self.plan.config.stage_before(self.number)
+        if before is not None:
+            load_weights(model, stage_weights(self.plan, before))
         model.begin_stage(self.number)  # pyright: ignore[reportCallIssue] - see TrainingTask.build_model
         if self.layout.device.type == "cpu":
             use_plain_attention(model)
@@ -380,7 +381,8 @@ class StageWorker:
         if self._is_first:
             # The last checkpoint was waited for after the last point.
             self.curve.stalled += self.efficiency.stalled(self.saver.stalled)
-            before = stage_weights(self.plan, self.number - 1) if self.number > 1 else {}
+            number = self.plan.config.stage_before(self.number)
+            before = {} if number is None else stage_weights(self.plan, number)
             result = {
                 "stage": self.number,
                 "steps": self.config.steps,

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from insightedit.platform.registry import CHAMPION, Registry
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.door import check_access
 from insightedit.serve.fleet import FleetStatus
+from insightedit.serve.follower import FROM_TAG, STATE_TAG, UNDER_WAY
 from insightedit.serve.ingress import check_haproxy, haproxy_variables
 from insightedit.serve.settings import ServeSettings
 from insightedit.serve.state import ServePlan, ServeState, clear_state, read_state
@@ -81,14 +83,18 @@ def up(
     check_traces(settings.traces)
     registry = Registry(workdir)
     version = registry.resolve(reference)
+    # Who asks for a version by its number gets that one.
+    follows = settings.rollout.follow and not reference.isdecimal() and CHAMPION in version.aliases
+    if follows and version.tags.get(STATE_TAG) == UNDER_WAY:
+        # A server went down while the champion had its share of the edits: it goes on from there.
+        version = replace(registry.find(version.tags[FROM_TAG]) or version, aliases=(CHAMPION,))
     plan = ServePlan(
         workdir=workdir.root,
         version=version.version,
         aliases=version.aliases,
         folder=registry.fetch(version),
         port=_claimed_port(settings.host, port),
-        # Who asks for a version by its number gets that one.
-        follows=settings.rollout.follow and not reference.isdecimal() and CHAMPION in version.aliases,
+        follows=follows,
         settings=settings.model_copy(update={"log_folder": settings.log_folder or str(workdir.logs / "serve")}),
     )
     if dry_run:

@@ -20,6 +20,7 @@ from insightedit.serve.admission import Admission, Ticket, asked_seconds
 from insightedit.serve.answers import CompletedEvent, ImagesResponse, PartialImageEvent, Timing, Usage
 from insightedit.serve.backend import MODEL_NAME, Backend, EditJob, PartialTaker
 from insightedit.serve.door import caller_of
+from insightedit.serve.feedback import Feedback, OfferedEdit
 from insightedit.serve.forms import EditRequest, read_edit_request
 from insightedit.serve.idempotency import REPLAYED_HEADER, Claim, IdempotencyKeys, KeyedRequest, key_of
 from insightedit.serve.keys import Caller
@@ -128,6 +129,7 @@ class EditService:
         keys: IdempotencyKeys,
         trials: Trials,
         image_urls: Destinations,
+        feedback: Feedback,
     ) -> None:
         self._image_urls = image_urls
         self.backend = backend
@@ -135,6 +137,7 @@ class EditService:
         self.meters = meters
         self.keys = keys
         self.trials = trials
+        self.feedback = feedback
         self.admission = Admission(limits)
         # A decoded image may be a hundred times its file: two at a time bound the memory.
         self._decoding = asyncio.Semaphore(2)
@@ -360,6 +363,9 @@ class EditService:
 
     async def _hand_out(self, plan: Plan, made: Made, emit: Emit[StreamEvent] | None) -> CompletedEvent:
         kept = await plan.claim.keep(made.event)
+        if kept is made.event:
+            piece = plan.pieces[kept.image_index]
+            self.feedback.offer(plan.ticket.caller.name, kept, OfferedEdit(piece.job, made.pixels, piece.mask))
         if emit is not None:
             await emit(kept)
         return kept

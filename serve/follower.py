@@ -24,7 +24,7 @@ from insightedit.platform.audit import CHAMPION, AuditEntry, ConflictError, want
 from insightedit.platform.datasets.shapes_world import draw_scene, render
 from insightedit.platform.errors import InsightEditError
 from insightedit.platform.registry import Registry
-from insightedit.serve.backend import Backend, Canary, EditJob, RolloutStatus, VersionEntry, VersionTable
+from insightedit.serve.backend import Backend, Canary, EditJob, EditOutcome, RolloutStatus, VersionEntry, VersionTable
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.quality import Quality
 from insightedit.serve.rollout import Evidence, Rollout
@@ -34,6 +34,10 @@ from insightedit.serve.trials import TABLE_SECONDS, Channel, Shadow
 from insightedit.serve.uploads import Pixels
 
 logger = logging.getLogger(LOGGER)
+
+STATE_TAG, FROM_TAG = "rollout", "rollout.from"
+"""Tags of a model version: how its last rollout stands, and which version it takes over from."""
+UNDER_WAY = "under way"
 
 Loading = Literal["loading", "running", "failed"]
 
@@ -107,6 +111,7 @@ class Follower:
         """Of the follower itself: first edits, and pairs that it has judged."""
         self._judged: set[str] = set()
         self._warming: asyncio.Task[str | None] | None = None
+        self._judging: asyncio.Task[None] | None = None
         self._proven = {self._served}
         """Versions that have had all edits."""
         self._seen = Evidence()
@@ -139,6 +144,7 @@ class Follower:
             await self._advance(self._rollout)
         if not self._recorded and self._rollout is not None:
             await self._record(self._rollout)
+            self._recorded = True
         await self._clear_away()
         await self._publish()
 
@@ -152,10 +158,10 @@ class Follower:
         if champion == (self._served if under_way is None else under_way.version):
             return
         if under_way is not None:
-            self._stop_warming()
+            self._stop_tasks()
             self._rollout = under_way.failed(f"version {champion} came instead", self._place.clock())
             self._leave(under_way.version)
-        self._recorded = True
+            await self._record(self._rollout)
         if champion == self._served:
             return
         self._trusted = last.action == "rollback"
@@ -163,36 +169,42 @@ class Follower:
         self._rollout, self._evidence, self._seen, self._judged = rollout, Evidence(), Evidence(), set()
         if self._trusted and champion in self._entries and champion in self._proven:
             self._take_over(rollout)
-        else:
-            await self._load(rollout)
-
-    async def _load(self, rollout: Rollout) -> None:
+            return
         logger.info("version %s is on its way, asked for by entry %d", rollout.version, rollout.entry)
         # No more than two versions at a time, beside those that only finish what they have.
         if self._previous is not None and self._previous != rollout.version:
             self._leave(self._previous)
         self._previous = None
         self._leaving.pop(rollout.version, None)
-        if rollout.version in self._entries:
-            return
+
+    async def _load(self, rollout: Rollout) -> Rollout:
+        registry = self._place.registry
+        # A server that starts before this is over begins with the old version again.
+        under_way = {STATE_TAG: UNDER_WAY, FROM_TAG: rollout.old}
+        await asyncio.to_thread(registry.set_tags, rollout.version, under_way)
         try:
-            folder = await asyncio.to_thread(self._place.registry.fetch, rollout.version)
+            folder = await asyncio.to_thread(registry.fetch, rollout.version)
         except InsightEditError as error:
-            self._give_up(rollout, str(error))
-            return
+            return rollout.failed(str(error), self._place.clock())
         like = self._entries[rollout.old].application
         deploy = self._place.fleet.deploy
         entry = await asyncio.to_thread(deploy, rollout.version, rollout.entry, folder, like)
         self._entries[rollout.version] = entry
+        return rollout
 
     # -- the version under way -----------------------------------------------------------------------------------
 
     async def _advance(self, rollout: Rollout) -> None:
         now = self._place.clock()
         if rollout.state == "loading":
-            after = (await self._loading(rollout)).waited(now, self._settings)
+            after = rollout.waited(now, self._settings)
+            if not after.over:
+                loaded = rollout.version in self._entries
+                after = await (self._loading(rollout) if loaded else self._load(rollout))
         else:
-            await self._judge_shadows(rollout)
+            if self._judging is None or self._judging.done():
+                # Beside the steps: a judge may take its time.
+                self._judging = asyncio.ensure_future(self._judge_shadows(rollout))
             self._seen = self._evidence + await self._gateways_evidence(rollout)
             after = rollout.seen(self._seen, self._place.clock(), self._settings)
         if after.state == "rolled_back":
@@ -229,20 +241,32 @@ class Follower:
         """
         for number in range(self._settings.warm_edits):
             job = _first_job(number)
-            try:
-                new = await self._place.backend.edit(rollout.version, job)
-            except Exception as error:  # noqa: BLE001  (whatever it is, it is the version's)
-                text = str(error).strip().rpartition("\n")[2]
-                return f"its first edits fail: {text[:300] or type(error).__name__}"
-            if not self._trusted:
-                old = await self._place.backend.edit(rollout.old, job)
+            new = await self._tried_twice(rollout.version, job)
+            if isinstance(new, Exception):
+                text = str(new).strip().rpartition("\n")[2]
+                return f"its first edits fail: {text[:300] or type(new).__name__}"
+            # Where the old one has no place for this, or cannot do it either, nothing is compared.
+            old = None if self._trusted else await self._tried_twice(rollout.old, job)
+            if isinstance(old, EditOutcome):
                 await self._compare(job.prompt, job.pixels, new.pixels, old.pixels)
         return None
 
-    def _stop_warming(self) -> None:
-        if self._warming is not None:
-            self._warming.cancel()
-            self._warming = None
+    async def _tried_twice(self, version: str, job: EditJob) -> EditOutcome | Exception:
+        """An edit, or why it failed twice: once may be a lost replica."""
+        try:
+            return await self._place.backend.edit(version, job)
+        except Exception:
+            logger.warning("version %s has failed at one of its first edits", version, exc_info=True)
+        try:
+            return await self._place.backend.edit(version, job)
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is the version's)
+            return error
+
+    def _stop_tasks(self) -> None:
+        for task in (self._warming, self._judging):
+            if task is not None:
+                task.cancel()
+        self._warming = self._judging = None
 
     async def _compare(self, prompt: str, source: Pixels, new: Pixels, old: Pixels) -> None:
         score = self._place.quality.score
@@ -280,30 +304,35 @@ class Follower:
             self._leave(rollout.old)
         else:
             self._previous, self._previous_until = rollout.old, now + self._settings.keep_seconds
+        self._stop_tasks()
+        self._recorded = False
         self._place.on_full(self._served, self._aliases(self._served))
 
     def _give_up(self, rollout: Rollout, reason: str) -> None:
         """Let the old version keep all edits."""
         logger.error("version %s is rolled back: %s", rollout.version, reason)
-        self._stop_warming()
+        self._stop_tasks()
         self._rollout = rollout.failed(reason, self._place.clock())
         self._leave(rollout.version, at_once=rollout.state == "loading")
-        # Somebody's rollback to a version that cannot be loaded is for somebody to look at.
-        self._recorded = self._trusted
+        self._recorded = False
 
     async def _record(self, rollout: Rollout) -> None:
-        """Write into the log that the old version is the champion again."""
-        rollback = self._place.registry.rollback
+        """Write down how a rollout has ended; in the log too, where the old version is the champion again by itself."""
+        registry = self._place.registry
+        ended = {STATE_TAG: rollout.state.replace("_", " "), FROM_TAG: rollout.old}
+        await asyncio.to_thread(registry.set_tags, rollout.version, ended)
+        # Somebody's rollback to a version that cannot be loaded is for somebody to look at.
+        if rollout.state != "rolled_back" or self._trusted or rollout.entry != self._entry:
+            return
         evidence = self._figures()
         try:
             entry = await asyncio.to_thread(
-                rollback, reason=rollout.reason, evidence=evidence, expected=self._entry, version=self._served
+                registry.rollback, reason=rollout.reason, evidence=evidence, expected=self._entry, version=self._served
             )
         except ConflictError as error:
             logger.warning("the rollback of version %s is not recorded: %s", rollout.version, error)
         else:
             self._entry = entry.number
-        self._recorded = True
 
     def _leave(self, version: str, at_once: bool = False) -> None:
         """Let a version finish what it has; one that never had its share has nothing."""

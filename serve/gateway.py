@@ -25,14 +25,15 @@ from insightedit.platform.datasets.shapes_edits import sample_edit
 from insightedit.platform.datasets.shapes_world import render
 from insightedit.serve.answers import EVENTS_SCHEMA, ImagesResponse, Job, WebhookSecret, component_schemas, request_body
 from insightedit.serve.backend import Backend
-from insightedit.serve.door import Access, Door
+from insightedit.serve.door import Access, Door, caller_of
 from insightedit.serve.edit_jobs import JobId, JobService
 from insightedit.serve.edits import EditService
+from insightedit.serve.feedback import Feedback, FeedbackAnswer, FeedbackRequest
 from insightedit.serve.idempotency import KEY_PARAMETER
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import CONTENT_TYPE, Meters
 from insightedit.serve.schema import SEED_LIMIT, ApiError, ErrorResponse
-from insightedit.serve.settings import Destinations, Limits, RolloutSettings
+from insightedit.serve.settings import Destinations, FeedbackSettings, Limits, RolloutSettings
 from insightedit.serve.shared import Shared
 from insightedit.serve.traces import TraceLayer, Traces
 from insightedit.serve.trials import Trials
@@ -211,6 +212,7 @@ def build_app(
     trials: Trials | None = None,
     image_urls: Destinations | None = None,
     traces: Traces | None = None,
+    feedback: Feedback | None = None,
 ) -> FastAPI:
     """The whole HTTP interface over some backend.
 
@@ -224,10 +226,13 @@ def build_app(
         trials: its part of rollouts; without it, the backend's table stays.
         image_urls: where images may be fetched from; nowhere without it.
         traces: where edits are traced; nowhere without it.
+        feedback: what is kept of users' verdicts; nothing without it.
     """
     shared = shared or Shared.in_this_process(limits)
-    followed = trials or Trials(backend, RolloutSettings(), shared.store, None)
-    service = EditService(backend, limits, meters, shared.keys, followed, image_urls or Destinations())
+    followed = trials or Trials(backend, RolloutSettings(), shared.store, None, meters)
+    kept = feedback or Feedback(FeedbackSettings(), shared.store, Path())
+    urls = image_urls or Destinations()
+    service = EditService(backend, limits, meters, shared.keys, followed, urls, kept)
     jobs = JobService(service, shared.book, shared.webhooks, access or Access(None))
 
     @asynccontextmanager
@@ -251,12 +256,29 @@ def build_app(
     async def list_models() -> dict[str, object]:
         return await service.models()
 
+    _add_feedback(app, service)
+
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
         return Response(await asyncio.to_thread(meters.render), media_type=CONTENT_TYPE)
 
     _add_page(app)
     return app
+
+
+def _add_feedback(app: FastAPI, service: EditService) -> None:
+    errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 503)}
+
+    @app.get("/v1/feedback", summary="Whether verdicts on edits are kept.")
+    async def asked() -> dict[str, bool]:
+        return {"consent": service.feedback.settings.consent}
+
+    @app.post("/v1/feedback", summary="Accept or reject an edit.", responses=errors)
+    async def judged(request: Request, said: FeedbackRequest) -> FeedbackAnswer:
+        version = await service.feedback.take(caller_of(request).name, said)
+        service.trials.said(version, said.verdict == "accept")
+        service.meters.feedback.labels(said.verdict, version).inc()
+        return FeedbackAnswer()
 
 
 def example_scene(seed: int) -> dict[str, object]:

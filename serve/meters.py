@@ -51,6 +51,12 @@ class Meters:
             ["model_version"],
             registry=self._registry,
         )
+        self.feedback = Counter(
+            "insightedit_edit_feedback",
+            "What users said of their edits, by verdict (accept, reject) and model version.",
+            ["verdict", "model_version"],
+            registry=self._registry,
+        )
         self.duration = self._histogram("duration", "Time from the request's arrival to its answer.")
         self.queue = self._histogram("queue", "Time an edit waited for a conditioner and an editor.")
         self.step = self._histogram("step", "Time of one denoising step, encoding and decoding shared out over them.")
@@ -65,6 +71,14 @@ class Meters:
             "Calls to conditioners and editors that have not been answered.",
             ["model_version", "deployment"],
             multiprocess_mode="livesum",
+            registry=self._registry,
+        )
+
+        self.quality = Gauge(
+            "insightedit_rollout_quality",
+            "Quality, 0 to 1, of the same edits by a new version and by the old one while it is on trial.",
+            ["model_version"],
+            multiprocess_mode="mostrecent",
             registry=self._registry,
         )
 

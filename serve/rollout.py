@@ -58,6 +58,11 @@ class Tally(BaseModel):
         """With one more failure."""
         return self.model_copy(update={"failures": self.failures + 1})
 
+    def judged(self, accepted: bool) -> Tally:
+        """With one more of its edits accepted or rejected by its user."""
+        name = "accepted" if accepted else "rejected"
+        return self.model_copy(update={name: getattr(self, name) + 1})
+
 
 class Evidence(BaseModel):
     """What was seen of both versions."""

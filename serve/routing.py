@@ -27,6 +27,7 @@ from insightedit.serve.backend import (
     VersionTable,
 )
 from insightedit.serve.door import Access
+from insightedit.serve.feedback import FOLDER, Feedback
 from insightedit.serve.fleet import FleetStatus, fleet_status
 from insightedit.serve.gateway import build_app
 from insightedit.serve.logs import LOGGER
@@ -58,6 +59,8 @@ class ReplicaBackend:
         self._limits = limits
         self._meters = meters
         self._infos: dict[str, tuple[float, VersionInfo]] = {}
+        self._handles: dict[tuple[str, str], Any] = {}
+        """By application and deployment."""
 
     async def edit(self, version: str, job: EditJob, on_partial: PartialTaker | None = None) -> EditOutcome:
         """Condition, then edit."""
@@ -84,7 +87,7 @@ class ReplicaBackend:
         )
 
     async def describe(self, version: str) -> VersionInfo:
-        """Ask the editor, which asks the conditioner; an edit that has just worked is answer enough.
+        """Ask both halves, which also makes the first edit find its way; one that has just worked is answer enough.
 
         A version that may sleep is asked once: asking again would keep it awake.
         """
@@ -95,19 +98,28 @@ class ReplicaBackend:
             return known
         try:
             async with asyncio.timeout(self._limits.edit_seconds if sleeps else ANSWER_SECONDS):
-                info: VersionInfo = await self._call(version, EDITOR, "describe")
+                _, info = await asyncio.gather(
+                    self._call(version, CONDITIONER, "ready"), self._call(version, EDITOR, "describe")
+                )
         except TimeoutError:
             message = f"The replicas of model version {version} do not answer."
             raise ApiError(503, "unavailable", message) from None
         self._infos[version] = (time.monotonic(), info)
         return info
 
-    def _handle(self, version: str, deployment: str) -> Any:
+    async def _handle(self, version: str, deployment: str) -> Any:
         entry = self.table.entry(version)
         if entry is None:
             message = f"Model version {version} is not served any more; send the request again."
             raise ApiError(503, "unavailable", message, retry_after=self._limits.retry_after)
-        return serve.get_deployment_handle(deployment, app_name=entry.application)
+        place = (entry.application, deployment)
+        if place not in self._handles:
+            # It asks Serve's controller, while nothing else is done on its thread.
+            found = await asyncio.to_thread(serve.get_deployment_handle, deployment, entry.application)
+            served = {one.application for one in (*self.table.versions.values(), *self.table.others.values())}
+            kept = {key: handle for key, handle in self._handles.items() if key[0] in served}
+            self._handles = {**kept, place: found}
+        return self._handles[place]
 
     async def _edit_in_parts(
         self, version: str, job: EditJob, conditions: Conditions, on_partial: PartialTaker
@@ -117,7 +129,8 @@ class ReplicaBackend:
 
         async def attempt() -> Edited:
             nonlocal taken
-            response = self._handle(version, EDITOR).options(stream=True).edit_in_parts.remote(job, conditions)
+            handle = (await self._handle(version, EDITOR)).options(stream=True)
+            response = handle.edit_in_parts.remote(job, conditions)
             with _cancelling(response):
                 async for part in response:
                     if isinstance(part, Edited):
@@ -134,7 +147,7 @@ class ReplicaBackend:
         """One call to some replica."""
 
         async def attempt() -> Any:
-            response = getattr(self._handle(version, deployment), method).remote(*arguments)
+            response = getattr(await self._handle(version, deployment), method).remote(*arguments)
             with _cancelling(response):
                 return await response
 
@@ -190,8 +203,9 @@ class Gateway:
         self._backend = ReplicaBackend(VersionTable.model_validate(table), self._limits, self._meters)
         store = open_store(own.state.url, Workdir.open().root / "state.db", own.state.bytes)
         self._shared = Shared.of(store, own.state, own.limits, own.webhooks)
+        self._feedback = Feedback(own.feedback, store, Workdir.open().root / FOLDER)
+        self._trials = Trials(self._backend, own.rollout, store, channel, self._meters)
         self._traces = Traces(own.traces) if own.traces.url else None
-        self._trials = Trials(self._backend, own.rollout, store, channel)
 
     def reconfigure(self, table: dict[str, Any]) -> None:
         """Take another version table, as plain data."""
@@ -209,6 +223,7 @@ class Gateway:
             trials=self._trials,
             image_urls=self._image_urls,
             traces=self._traces,
+            feedback=self._feedback,
         )
         app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
         return app

@@ -214,6 +214,15 @@ class RolloutSettings(_Settings):
         return self
 
 
+class FeedbackSettings(_Settings):
+    """What is kept of users' verdicts on their edits: see `feedback`."""
+
+    consent: bool = False
+    """Whether users have agreed that edits which they judge are kept and trained on. Nothing is kept without it."""
+    wait_seconds: Seconds = 3600.0
+    """How long an edit waits for a verdict."""
+
+
 class TraceSettings(_Settings):
     """Where traces of edits go."""
 
@@ -251,6 +260,7 @@ class ServeSettings(_Settings):
     webhooks: Destinations = Destinations()
     """Where jobs may have their ends told."""
     rollout: RolloutSettings = RolloutSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
     traces: TraceSettings = TraceSettings()
 
     @property

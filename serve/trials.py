@@ -21,7 +21,9 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError
 
 from insightedit.serve.backend import Backend, EditJob, VersionTable
 from insightedit.serve.logs import LOGGER
+from insightedit.serve.meters import Meters
 from insightedit.serve.rollout import Evidence, Tally
+from insightedit.serve.schema import ApiError
 from insightedit.serve.settings import RolloutSettings
 from insightedit.serve.state_store import Entry, StateStore, StoreFullError, StoreUnreachableError
 from insightedit.serve.uploads import Pixels, encode_image
@@ -80,7 +82,9 @@ class Shadow(BaseModel):
 class Trials:
     """What a gateway does for rollouts."""
 
-    def __init__(self, backend: Backend, settings: RolloutSettings, store: StateStore, channel: str | None) -> None:
+    def __init__(
+        self, backend: Backend, settings: RolloutSettings, store: StateStore, channel: str | None, meters: Meters
+    ) -> None:
         """Begin with the table that the backend has.
 
         Args:
@@ -88,16 +92,19 @@ class Trials:
             settings: how rollouts go.
             store: shared with the server.
             channel: the name of the server's channel; None where nobody leads rollouts.
+            meters: where to count.
         """
         self._backend = backend
         self._settings = settings
         self._store = store
+        self._meters = meters
         self._channel = None if channel is None else Channel(channel)
         self._name = uuid.uuid4().hex
         self._table = b""
         self._evidence = Evidence()
         self._written = Evidence()
         self._shadows: set[asyncio.Task[None]] = set()
+        self._meeting: dict[str, asyncio.Task[None]] = {}
 
     # -- which version -------------------------------------------------------------------------------------------
 
@@ -139,6 +146,10 @@ class Trials:
     def failed(self, version: str) -> None:
         """Count an edit that a version has failed at, and the old one not."""
         self._count(version, Tally.failed)
+
+    def said(self, version: str, accepted: bool) -> None:
+        """Count what a user says of an edit."""
+        self._count(version, lambda tally: tally.judged(accepted))
 
     def _count(self, version: str, change: Callable[[Tally], Tally]) -> None:
         table = self._backend.table
@@ -199,7 +210,7 @@ class Trials:
         try:
             yield
         finally:
-            for one in (task, *self._shadows):
+            for one in (task, *self._shadows, *self._meeting.values()):
                 one.cancel()
                 with suppress(asyncio.CancelledError):
                     await one
@@ -226,6 +237,25 @@ class Trials:
         if _trial_of(table) != _trial_of(self._backend.table):
             self._evidence = self._written = Evidence()
         self._backend.table, self._table = table, found
+        for version in [version for version in self._meeting if table.entry(version) is None]:
+            self._meeting.pop(version).cancel()
+        for version in table.others:
+            if version not in self._meeting:
+                self._meeting[version] = asyncio.ensure_future(self._meet(version))
+        rollout = table.rollout
+        if rollout is not None and rollout.quality is not None and rollout.old_quality is not None:
+            self._meters.quality.labels(rollout.version).set(rollout.quality)
+            self._meters.quality.labels(rollout.old).set(rollout.old_quality)
+
+    async def _meet(self, version: str) -> None:
+        """Find the way to a version's replicas before there is an edit for them."""
+        while version in self._backend.table.others:
+            try:
+                await self._backend.describe(version)
+            except ApiError:
+                await asyncio.sleep(REFRESH_SECONDS)  # They are not there yet.
+            else:
+                return
 
     async def _write(self) -> None:
         rollout, seen = self._backend.table.rollout, self._evidence

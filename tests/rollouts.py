@@ -37,18 +37,19 @@ def of_index(**values: Any) -> Change:
     return change
 
 
-def of_unet(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Change:
-    """With other weights in its UNet."""
+def of_weights(part: str, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Change:
+    """With other weights in one of its parts."""
 
     def rewrite(folder: Path) -> None:
-        (file,) = (folder / "unet").glob("*.safetensors")
+        (file,) = (folder / part).glob("*.safetensors")
         save_file({name: change(name, tensor) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
 
     return rewrite
 
 
-BAD_WEIGHTS = of_unet(lambda _, tensor: torch.full_like(tensor, float("nan")))
-NOISE = of_unet(lambda name, tensor: 1000 * tensor if name.startswith("conv_out") else tensor)
+BAD_WEIGHTS = of_weights("unet", lambda _, tensor: torch.full_like(tensor, float("nan")))
+# A tiny model's edits are grey mush, and these are black and white.
+NOISE = of_weights("vae", lambda name, tensor: 1000 * tensor if name == "decoder.conv_out.weight" else tensor)
 
 
 def wrong_file(folder: Path) -> None:

@@ -407,7 +407,7 @@ def test_models_go_in_and_out_and_are_followed_back(
     insightedit("models", "export", "1", out, *theirs).assert_one_sentence(2, "exists already")
 
     planned = insightedit("models", "import", out, "--dry-run", "--json").json
-    assert (planned["kind"], planned["left_out"]) == ("InsightEditPipeline", [])
+    assert (planned["kind"], planned["left_out"]) == ("InsightEditPipeline", ["README.md"]), "the card is made anew"
     assert insightedit("models", "list", "--json").json == []
     made = insightedit("models", "import", out, "--reason", "a friend's", "--json").json
     assert made["tags"]["manifest"] == shown["tags"]["manifest"]

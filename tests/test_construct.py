@@ -154,7 +154,7 @@ def test_beside_the_truth_every_step_is_right(done: Constructed) -> None:
     """The shapes world errs nowhere; and where a step does, the figures say so."""
     shares = {(step, what): value for step, found in done.counts.truth.items() for what, value in found.items()}
     assert {share for (_, what), share in shares.items() if "(of)" not in what} == {1.0}
-    assert {step for step, _ in shares} == {"caption", "objects", "masks", "instruct", "judge"}
+    assert {step for step, _ in shares} == {"caption", "objects", "masks", "remove", "replace", "instruct", "judge"}
     assert shares["judge", "right (of)"] == done.counts.kept
     store = Store.at(done.folder)
     photos = [photo for photo in read_photos(store) if photo.kept]
@@ -165,7 +165,8 @@ def test_beside_the_truth_every_step_is_right(done: Constructed) -> None:
             assert change.there is not None
             change.there.advanced = [Advanced(text="remove the yellow submarine", about="other")]
             change.thing = photo.things[-1]
-    wrong = precision_of(photos, store)
+        photo.changes[0].scores = None
+    wrong = precision_of(photos, store, by_truth=True)
     assert 0.5 < wrong["caption"]["precision"] < 1
     assert wrong["masks"]["overlap"] < 1
     assert wrong["instruct"]["advanced"] == 0
@@ -308,7 +309,7 @@ ELSEWHERE: dict[str, Any] = {
     "words": {"local": "a"},
     "masks": {"coco": "a.json"},
     "removal": {"opencv": "telea"},
-    "replacement": None,
+    "replacement": "none",
     "judge": {"local": "a"},
 }
 
@@ -327,7 +328,7 @@ def test_the_truth_is_not_asked_about_other_pictures(step: str) -> None:
         ({"images": {"place": "a", "reader": "coco"}}, "one of place .* and reader"),
         ({"masks": {"mask": "a"}}, "it must be shapes, or have the field coco"),
         ({"removal": {"opencv": "magic"}}, "telea"),
-        ({"replacement": {"opencv": "telea"}}, "OpenCV draws nothing new"),
+        ({"replacement": {"opencv": "telea"}}, "OpenCV draws nothing"),
         ({"min_scores": {"beauty": 3}}, "min_scores"),
     ],
 )

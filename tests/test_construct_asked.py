@@ -67,7 +67,7 @@ def asked_config(folder: Path, url: str) -> ConstructionConfig:
             "words": asked,
             "masks": {"coco": str(folder / "instances.json")},
             "removal": {"opencv": "telea"},
-            "replacement": None,
+            "replacement": "none",
             "judge": asked,
         }
     )

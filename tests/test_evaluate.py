@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 from empty_registry import make_workdir
 from PIL import Image
 from stand_in_endpoint import Asked, Reaction, Say, StandIn, Status, in_turn
-from tiny_models import build_sources, tiny_config
 
-from insightedit.jobs.evaluate import CONTROL_SCENES, Progress, editor_pool, evaluate, evaluate_quickly
-from insightedit.jobs.latency import measure_latency
-from insightedit.model.insightedit import build_pipeline
+from insightedit.jobs.evaluate import CONTROL_SCENES, Progress, evaluate
 from insightedit.platform.chat.config import EndpointConfig
 from insightedit.platform.config import DatasetConfig, EvaluationConfig, RunConfig, load_preset
 from insightedit.platform.errors import InsightEditError, UsageError
@@ -188,32 +183,6 @@ def test_a_perfect_editor_is_evaluated_and_kept(config: RunConfig, cases: list[E
     assert not any("lpips" in name for name in run.data.metrics), "what is missing is no 0"
     with Image.open(artifacts / "sheet.png") as sheet:
         assert sheet.height > 10 * 160
-
-
-def test_real_pipelines_on_ray(config: RunConfig, tmp_path: Path) -> None:
-    """An untrained model through the pool of processes; and one that cannot be loaded."""
-    folder = tmp_path / "pipeline"
-    tiny = replace(tiny_config(build_sources(tmp_path / "sources")), prompt_length=256)
-    build_pipeline(tiny).save_pretrained(folder)
-    quick = config.model_copy(update={"evaluation": EvaluationConfig(scenes=4, batch=3)})
-    told: list[tuple[int, int]] = []
-    with editor_pool(quick) as pool:
-        workdir = make_workdir(tmp_path / "work")
-        first = evaluate_quickly(folder, quick, workdir, 4, pool, lambda done, total: told.append((done, total)))
-        cases = evaluation_cases(quick.evaluation)
-        edits = pool.edit(folder, cases)
-        assert np.array_equal(edits, pool.edit(folder, cases))
-        with pytest.raises(InsightEditError, match=r"The edits of .*nowhere failed"):
-            pool.edit(tmp_path / "nowhere", cases)
-        seconds = measure_latency([folder, folder], quick, rounds=1)
-        with pytest.raises(InsightEditError, match=r"An edit of .*nowhere failed"):
-            measure_latency([folder, tmp_path / "nowhere"], quick, edits=1, rounds=1)
-    assert len(seconds) == 2
-    assert max(seconds) / min(seconds) < 3, "the same pipeline, measured in turn"
-    assert told == [(3, 8), (6, 8), (8, 8)]
-    assert first == figures(judge(cases, edits))
-    assert first.viescore < 0.6
-    assert not ray.is_initialized()
 
 
 def test_a_language_model_judges_and_what_it_cannot_judge_is_in_no_mean(config: RunConfig, tmp_path: Path) -> None:

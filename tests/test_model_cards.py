@@ -12,6 +12,7 @@ from empty_registry import make_workdir
 from huggingface_hub import ModelCard, ModelCardData
 from mlflow.entities import Metric, Param
 
+from insightedit.cli import cli
 from insightedit.platform.model_cards import is_own_card, keep_card, model_card, stated_licence, write_card
 from insightedit.platform.registry import ModelVersion, Registry
 from insightedit.platform.tracking import ensure_experiment
@@ -145,6 +146,14 @@ def test_cards_of_others_are_told_apart(registry: Registry, workdir: Workdir, tm
     assert (stated_licence(ours), is_own_card(ours)) == ("apache-2.0", True)
 
 
+def test_the_command_prints_the_card(
+    registry: Registry, workdir: Workdir, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    version = _judged(registry, workdir, _register(registry, workdir, tmp_path / "model", OURS))
+    cli.main(["--workdir", str(workdir.root), "models", "card", version.version], standalone_mode=False)
+    assert capfd.readouterr().out.strip() == model_card(registry, version).strip()
+
+
 def test_the_page_is_kept_with_the_version(registry: Registry, workdir: Workdir, tmp_path: Path) -> None:
     version = _register(registry, workdir, tmp_path / "model", OURS)
     keep_card(registry, version)
@@ -157,7 +166,9 @@ def test_the_page_is_kept_with_the_version(registry: Registry, workdir: Workdir,
     assert "| all instructions | 0.670 | 2.41 | 4.29 |" in kept()
     registry.promote(version.version)
     keep_card(registry, version)
-    assert f"promote nothing to {version.version}" in kept()
+    decision = f"promote nothing to {version.version}"
+    assert decision in model_card(registry, version)
+    assert decision not in kept(), "it would grow stale there"
     registry.set_tags(version.version, {"imported_reason": "x" * 6000, "imported_from": "weights"})
     keep_card(registry, registry.resolve(version.version))
     assert len(kept()) == 5000, "as long as the registry allows"

@@ -47,6 +47,16 @@ def test_packed_layers_compute_the_same(dtype: torch.dtype, tolerance: float, me
 
 
 @torch.no_grad()
+def test_packed_layers_run_under_autocast_behind_layers_that_are_not_packed() -> None:
+    """As validation pictures do in a stage whose frozen weights are halved."""
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(2, 8, 6, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = packed(block)(x)
+    torch.testing.assert_close(found.float(), block(x), rtol=3e-2, atol=3e-2)
+
+
+@torch.no_grad()
 def test_what_is_given_stays_and_the_rest_is_shared() -> None:
     block = Block()
     names = set(block.state_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html.parser
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from insightedit.cli import cli
 from insightedit.cli_report import named_datasets
 from insightedit.jobs.report import DatasetReport, report
 from insightedit.platform.cluster import connected
@@ -24,6 +25,7 @@ from insightedit.platform.gallery.sheet import text_width, wrapped
 from insightedit.platform.gallery.survey import Facts, Quota, look_at
 from insightedit.platform.gallery.tables import figures_of, pairs_of
 from insightedit.platform.gallery.wording import Kind, keywords, kind_of, signs_of_reasoning
+from insightedit.platform.judges import Costs, Failed, MadeEdit, Progress, Score, Scores, Verdict
 from insightedit.platform.records import Record, encode_png
 
 # -- rules over words -------------------------------------------------------------------------------------------------
@@ -214,10 +216,42 @@ def test_the_page_needs_nothing_beside_it(made: DatasetReport) -> None:
     assert [base64.b64decode(one.removeprefix("data:image/png;base64,")) for one in sources] == files
 
 
+class _Harsh:
+    """A judge that says the same of everything."""
+
+    identity = "harsh"
+    costs = Costs()
+
+    def judge(self, edits: Sequence[MadeEdit], progress: Progress | None = None) -> list[Verdict]:
+        self.asked = [edit.instruction for edit in edits]
+        score = Score(1, "Nothing is as it should be.")
+        scores = Scores(instruction_adherence=score, non_overediting=score, naturalness=score, no_artifacts=score)
+        return [Failed("unparsable", "It said nothing."), *[scores] * (len(edits) - 1)]
+
+
+def test_a_judge_scores_what_has_no_scores(folders: dict[str, DatasetConfig], tmp_path: Path) -> None:
+    pairs, judge = {"pairs": folders["pairs"]}, _Harsh()
+    assert "S4" not in report(pairs, tmp_path / "without").figures
+    assert "S4" in report(pairs, tmp_path / "with", judge=judge).figures
+    assert sorted(judge.asked) == [f"edit {number}" for number in range(4)]
+
+
+def test_the_command_says_what_it_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "figures"
+    options = ["--out", str(out), "--rows", "30", "--set", "edits.count=20", "--json"]
+    cli.main(["--workdir", str(tmp_path / "work"), "data", "report", "edits", *options], standalone_mode=False)
+    found = json.loads(capfd.readouterr().out)
+    assert (found["datasets"][0]["name"], found["datasets"][0]["records"]) == ("edits", 30)
+    assert Path(found["page"]) == out / "report.html"
+    assert {path.name for path in out.iterdir()} == {
+        *("keywords.png", "examples.png", "datasets.png", "scores.png", "report.html", "report.json")
+    }
+
+
 def test_the_sample_follows_from_the_seed(tmp_path: Path) -> None:
     shapes = DatasetConfig(reader="shapes", options={"kind": "edit", "split": "train", "count": 600, "seed": 0})
     one, again, other = (
-        report({"shapes": shapes}, tmp_path / name, rows=100, seed=seed).keywords
+        report({"shapes": shapes}, tmp_path / name, rows=60, seed=seed).keywords
         for name, seed in (("one", 1), ("again", 1), ("other", 2))
     )
     assert one == again

@@ -27,7 +27,11 @@ GIVEN = {
 
 def exported() -> dict[str, set[str]]:
     """The names that Prometheus finds after an edit and a refusal, with their labels."""
-    with TestClient(build_app(InvertingBackend(), LIMITS, Meters())) as client:
+    meters = Meters()
+    for labelled in (meters.quality, meters.stood_in):
+        labelled.labels("2")
+    meters.feedback.labels("accept", "2")
+    with TestClient(build_app(InvertingBackend(), LIMITS, meters)) as client:
         assert post(client).status_code == 200
         assert post(client, n="0").status_code == 400
         text = client.get("/metrics").text

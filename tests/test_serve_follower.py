@@ -35,6 +35,7 @@ class Log:
     def __init__(self) -> None:
         self.entries: list[AuditEntry] = []
         self.damaged: set[str] = set()
+        self.tags: dict[str, str] = {}
         self.down = False
         self.meanwhile: Callable[[], None] | None = None
         self.audit = SimpleNamespace(entries=self._read)
@@ -51,6 +52,11 @@ class Log:
         fields = {name: getattr(change, name) for name in Change.__slots__}
         self.entries.append(AuditEntry(number=number, when="", **fields))
         return self.entries[-1]
+
+    def set_tags(self, version: str, tags: dict[str, str]) -> None:
+        if self.down:
+            raise InsightEditError("The registry does not answer.")
+        self.tags[version] = tags["rollout"]
 
     def fetch(self, version: str) -> Path:
         if version in self.damaged:
@@ -186,12 +192,14 @@ def test_a_promotion_goes_all_the_way(world: World) -> None:
         assert (table.default, table.canary.version, table.canary.share) == ("1", "2", 0.1)
         assert table.rollout is not None
         assert (table.rollout.pairs, table.rollout.quality, table.rollout.old_quality) == (4, 1.0, 1.0)
+        assert world.log.tags == {"2": "under way"}
         await world.seen(WELL)
         await world.steps(1, seconds=59)
         assert world.state() == "canary"
         await world.steps(1, seconds=1)
         table = await world.published()
         assert (table.default, table.canary, world.served) == ("2", None, ["2"])
+        assert world.log.tags == {"2": "full"}
         assert {version: entry.aliases for version, entry in table.versions.items()} == {
             "2": ("champion",), "1": ("previous",),
         }  # fmt: skip
@@ -285,7 +293,7 @@ def test_shadows_are_judged_once(world: World) -> None:
             )
             value = Entry(pair.model_dump_json().encode(), 10**11)
             await world.store.change({}, {f"{world.channel.shadows(2)}{number}": value})
-        await world.steps(1)
+        await world.steps(3)
 
     play(story())
     last = world.log.entries[-1]
@@ -325,6 +333,44 @@ def test_a_rollback_while_it_has_its_share(world: World) -> None:
         await world.steps(1)
         assert (world.told().default, world.told().canary, world.state()) == ("1", None, "rolled_back")
         assert len(world.log.entries) == 3
+        assert world.log.tags == {"2": "rolled back"}
+
+    play(story())
+
+
+def test_what_fails_for_a_moment_is_done_again(world: World) -> None:
+    async def story() -> None:
+        deploy = world.deploy
+
+        def busy(version: str, entry: int, folder: Path, like: str) -> VersionEntry:
+            raise RuntimeError("Serve's controller does not answer")
+
+        world.deploy = busy
+        world.log.add("promote", "2")
+        world.states["v2-2"] = ("running", "")
+        with pytest.raises(RuntimeError):
+            await world.steps(1)
+        world.deploy = deploy
+        await world.steps(4)
+        assert world.told().canary is not None
+
+    play(story())
+
+
+def test_a_lost_replica_at_the_first_edit_rules_nobody_out(world: World) -> None:
+    async def story() -> None:
+        edit, lost = world.edit, ["2", "1", "1"]
+
+        async def once(version: str, job: EditJob, on_partial: PartialTaker | None = None) -> EditOutcome:
+            if version in lost:
+                lost.remove(version)
+                raise RuntimeError("lost")
+            return await edit(version, job, on_partial)
+
+        world.edit = once
+        await world.promoted("2", 2)
+        assert lost == []
+        assert world.told().rollout is not None
 
     play(story())
 

@@ -10,6 +10,7 @@ import shutil
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,9 +23,11 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from starlette.requests import Request
 from test_serve_gateway import InvertingBackend
 
+from insightedit.serve.feedback import Feedback, kept_feedback
 from insightedit.serve.gateway import EDIT_PATH, build_app
 from insightedit.serve.meters import Meters
-from insightedit.serve.settings import Limits
+from insightedit.serve.settings import FeedbackSettings, Limits
+from insightedit.serve.state_store import SqliteStore
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLEET = {
@@ -39,8 +42,11 @@ FLEET = {
 class Server:
     """The gateway, with edits that stop halfway until they are let go, and the status of a fleet."""
 
-    def __init__(self) -> None:
-        self.gateway = build_app(InvertingBackend(), Limits(), Meters())
+    def __init__(self, folder: Path) -> None:
+        store = SqliteStore(":memory:", 2**24)
+        self.feedback = folder
+        feedback = Feedback(FeedbackSettings(consent=True), store, folder)
+        self.gateway = build_app(InvertingBackend(), Limits(), Meters(), feedback=feedback)
         self.staged = False
         """Whether edits are answered here instead of by the gateway."""
         self.key = ""
@@ -105,8 +111,8 @@ def picture(width: int = 300, height: int = 200) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def serving() -> Iterator[Server]:
-    server = Server()
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("feedback"))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         server.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -197,6 +203,19 @@ def test_the_page_gives_the_bytes_of_a_plain_request(page: Page, server: Server)
     expect(page.locator("#fact-seed")).to_have_text("11")
     expect(page.locator("#fact-version")).to_have_text("3")
     expect(page.locator("#fleet")).to_contain_text("Editor v32 (+1)47")
+
+
+def test_a_verdict_is_asked_for_and_kept(page: Page, server: Server) -> None:
+    choose(page)
+    expect(page.locator("#verdict")).to_be_hidden()
+    for prompt, button in (("turn it around", "#accept"), ("and back", "#reject")):
+        edit(page, server, prompt)
+        expect(page.locator("#verdict")).to_contain_text("Is this what you asked for?")
+        page.click(button)
+        expect(page.locator("#verdict")).to_contain_text("your answer is kept")
+        expect(page.locator("#accept")).to_be_disabled()
+    rows = [row for _, row in kept_feedback(server.feedback)]
+    assert [(row.verdict, row.instruction) for row in rows] == [("accept", "turn it around"), ("reject", "and back")]
 
 
 def test_an_edit_forms_and_steps_can_be_undone(page: Page, server: Server) -> None:

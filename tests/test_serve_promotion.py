@@ -119,6 +119,7 @@ def broken(served: Served, rate: float, folder: Path, kind: str, change: Change,
     """Promote a broken version under load, and count who noticed."""
     url, registry = str(served.status.url), Registry(served.workdir)
     load = Load(url, png(picture()), fields, rate)
+    served_before = registry.resolve("champion").version
     with load.running():
         time.sleep(5)
         begun = time.monotonic()
@@ -138,7 +139,7 @@ def broken(served: Served, rate: float, folder: Path, kind: str, change: Change,
         "seconds": round(took),
     }
     report_part("chaos", f"promotion_{kind}", counts)
-    assert (found.state, last.action, last.to_version) == ("rolled_back", "rollback", "1")
+    assert (found.state, last.action, last.to_version) == ("rolled_back", "rollback", served_before)
     assert (counts["failed"], counts["mixed"]) == (0, 0)
     # Of a share of 10%, chance gives more than this once in a thousand times.
     assert counts["by_it"] <= SHARE * len(during) + 3.1 * (SHARE * (1 - SHARE) * len(during)) ** 0.5 + 1

@@ -27,6 +27,7 @@ from insightedit.serve.backend import (
     VersionInfo,
     VersionTable,
 )
+from insightedit.serve.feedback import Feedback
 from insightedit.serve.gateway import build_app
 from insightedit.serve.meters import Meters
 from insightedit.serve.rollout import Evidence
@@ -46,7 +47,8 @@ def table(share: float = 0.5, sticky: bool = False, state: Any = "canary", entry
     listed = {OLD: VersionEntry(application="a1", aliases=("champion",))}
     others = {version: VersionEntry(application=f"a{version}") for version in (NEW, GONE)}
     canary = Canary(version=NEW, share=share, sticky=sticky)
-    rollout = RolloutStatus(version=NEW, old=OLD, entry=entry, state=state, since=0)
+    seen: dict[str, Any] = {"quality": 0.9, "old_quality": 0.8}
+    rollout = RolloutStatus(version=NEW, old=OLD, entry=entry, state=state, since=0, **seen)
     return VersionTable(default=OLD, versions=listed, others=others, canary=canary, rollout=rollout)
 
 
@@ -93,12 +95,15 @@ class Gateway:
     def __init__(self, folder: Path, backend: TwoVersions, **settings: Any) -> None:
         self.backend = backend
         self.store = SqliteStore(folder / "state.db", 2**24)
-        self.trials = Trials(backend, RolloutSettings(**settings), self.store, CHANNEL.name)
         self.meters = Meters()
+        self.trials = Trials(backend, RolloutSettings(**settings), self.store, CHANNEL.name, self.meters)
         self.shared = Shared.of(self.store, StateSettings(lease_seconds=0.5), LIMITS)
+        self.feedback: Feedback | None = None
 
     def client(self) -> TestClient:
-        app = build_app(self.backend, LIMITS, self.meters, shared=self.shared, trials=self.trials)
+        app = build_app(
+            self.backend, LIMITS, self.meters, shared=self.shared, trials=self.trials, feedback=self.feedback
+        )
         return TestClient(app, raise_server_exceptions=False)
 
     def evidence(self) -> Evidence:
@@ -331,6 +336,7 @@ def test_another_rollout_begins_with_nothing_seen(gateway: Gateway) -> None:
         entry = Entry(later.model_dump_json().encode(), time.time() + 60)
         asyncio.run(gateway.store.change({}, {CHANNEL.table: entry}))
         time.sleep(3 * REFRESH_SECONDS)
+        assert 'insightedit_rollout_quality{model_version="2"} 0.9' in client.get("/metrics").text
         post(client)
         time.sleep(3 * REFRESH_SECONDS)
     names = asyncio.run(gateway.store.names(CHANNEL.seen(8)))

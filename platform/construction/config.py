@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from insightedit.platform.chat.config import JudgeConfig
 from insightedit.platform.settings import SETTINGS, Count, Share
@@ -109,6 +109,10 @@ def _painter_kind(value: object) -> str | None:
     return _kind(value, {"opencv": OpenCvConfig, "diffusion": DiffusionConfig})
 
 
+def _replacement_kind(value: object) -> str | None:
+    return "[none]" if value == "none" else _kind(value, {"diffusion": DiffusionConfig})
+
+
 _Shapes = Annotated[Literal["shapes"], Tag("[shapes]")]
 MasksConfig = Annotated[
     _Shapes | Annotated[CocoMasksConfig, Tag("[coco]")] | Annotated[GroundedMasksConfig, Tag("[detector]")],
@@ -128,10 +132,14 @@ PainterConfig = Annotated[
 ]
 
 
-def _check_draws(value: object) -> object:
-    if isinstance(value, OpenCvConfig):
-        raise ValueError("OpenCV draws nothing new; name shapes or diffusion (a folder), or leave it out")
-    return value
+ReplacementConfig = Annotated[
+    _Shapes | Annotated[Literal["none"], Tag("[none]")] | Annotated[DiffusionConfig, Tag("[diffusion]")],
+    Discriminator(
+        _replacement_kind,
+        custom_error_type="no_painter",
+        custom_error_message="it must be shapes or none, or have the field diffusion (a folder); OpenCV draws nothing",
+    ),
+]
 
 
 class PoolConfig(_Settings):
@@ -163,8 +171,8 @@ class ConstructionConfig(_Settings):
     masks: MasksConfig = "shapes"
     removal: PainterConfig = "shapes"
     """Who paints pictures without a thing; the other way round they are pairs that add it."""
-    replacement: Annotated[PainterConfig, AfterValidator(_check_draws)] | None = "shapes"
-    """Who paints another thing in the place of one; None makes no such pairs."""
+    replacement: ReplacementConfig = "shapes"
+    """Who paints another thing in the place of one; `none` makes no such pairs."""
     judge: JudgeConfig = "shapes"
     min_scores: dict[Aspect, Annotated[int, Field(ge=0, le=5)]] = {
         "instruction_adherence": 4,

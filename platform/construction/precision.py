@@ -29,18 +29,21 @@ RIGHT: Final = 4
 _NAMES: Final = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(KINDS)})")
 
 
-def precision_of(photos: Sequence[Photo], store: Store) -> dict[str, Figures]:
+def precision_of(photos: Sequence[Photo], store: Store, *, by_truth: bool) -> dict[str, Figures]:
     """Figures of each step by its name; none where no truth is known.
 
     Args:
         photos: of the blocks that are done.
         store: the folder of the dataset, which has the edits that were kept.
+        by_truth: whether the judge was the shapes world's, whose scores say how right each painter was.
     """
     known = [photo for photo in photos if photo.truth is not None]
     figures = {
         "caption": _captions(known),
         "objects": _objects(known),
         "masks": _masks(known),
+        "remove": _painted(known, "remove") if by_truth else {},
+        "replace": _painted(known, "replace") if by_truth else {},
         "instruct": _instructions(known),
         "judge": _kept(known, store),
     }
@@ -100,6 +103,13 @@ def _masks(photos: Sequence[Photo]) -> Figures:
                 true, found = shape_masks(scene)[scene.shapes.index(shape)], thing.mask.mask()
                 overlaps.append(float((true & found).sum() / np.maximum((true | found).sum(), 1)))
     return _shares(overlap=overlaps)
+
+
+def _painted(photos: Sequence[Photo], task: str) -> Figures:
+    """Edits of a task that came out as they should, of all that were judged."""
+    judged = [change.scores for photo in photos for change in photo.changes if change.task == task and change.scores]
+    semantic = ("instruction_adherence", "non_overediting")
+    return _shares(right=[all(scores[aspect].value >= RIGHT for aspect in semantic) for scores in judged])
 
 
 def _instructions(photos: Sequence[Photo]) -> Figures:

@@ -40,7 +40,7 @@ def run_proposals(
     """Plan edits: every thing removed, and replaced where there is a painter for that."""
     for photo in photos:
         photo.changes = [Change(task="remove", thing=thing) for thing in photo.things]
-    if proposer is not None and config.replacement is not None:
+    if proposer is not None and config.replacement != "none":
         for photo, found in zip(photos, proposer.replacements(photos), strict=True):
             photo.changes += _replacements(photo, found)
     for photo in photos:

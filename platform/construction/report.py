@@ -40,7 +40,7 @@ def write_report(out: Path, config: ConstructionConfig) -> Counts:
     store, folder = Store.at(out), out / REPORT
     photos = list(read_photos(store))
     seconds = sum(run["seconds"] for run in read_entries(folder / _RUNS))
-    counts = count(photos, seconds, precision_of(photos, store))
+    counts = count(photos, seconds, precision_of(photos, store, by_truth=config.judge == "shapes"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(counts.to_json(), indent=1) + "\n", encoding="utf-8")
     lines = (json.dumps({"photo": photo.key, **one.model_dump()}) for photo in photos for one in photo.rejections)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +18,15 @@ _CELL, _GAP, _TEXT, _LINES = 208, 16, 34, 11
 _COLOURS: Final = ((240, 60, 70), (60, 120, 250), (40, 190, 90), (250, 180, 20), (170, 70, 220), (20, 190, 200))
 
 
+class _Cell(NamedTuple):
+    """A picture over its heading, in a colour, and some lines of text."""
+
+    picture: Picture
+    heading: str
+    colour: str
+    lines: list[str]
+
+
 def write_steps(path: Path, photos: Sequence[Photo], edits_each: int = 4) -> None:
     """Draw photos with their pictures as rows into a PNG file: the picture, its things, its edits.
 
@@ -26,38 +35,48 @@ def write_steps(path: Path, photos: Sequence[Photo], edits_each: int = 4) -> Non
         photos: whose `data` and `painted` are there.
         edits_each: edits of a photo at most; those that were kept first.
     """
-    shown = [sorted((c for c in photo.changes if c.painted), key=_is_out)[:edits_each] for photo in photos]
-    columns = 2 + max((len(changes) for changes in shown), default=0)
-    height = _CELL + 20 + _LINES * 15 + 2 * _GAP
-    sheet = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, max(len(photos), 1) * height), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for row, (photo, changes) in enumerate(zip(photos, shown, strict=True)):
-        cells = [
-            (photo.pixels, photo.key, _INK, photo.caption),
-            (_with_masks(photo), "things", _INK, ", ".join(thing.name for thing in photo.things)),
-            *(_cell(photo, change) for change in changes),
-        ]
-        for column, (picture, heading, colour, text) in enumerate(cells):
-            left, top = _GAP + column * (_CELL + _GAP), row * height + _GAP
-            sheet.paste(_fitted(picture), (left, top))
-            draw.text((left, top + _CELL + 4), _short(heading), fill=colour, font=ImageFont.load_default(13))
-            lines = textwrap.wrap(text, _TEXT, max_lines=_LINES, placeholder=" ...")
+    rows = [_cells(photo, edits_each) for photo in photos if photo.data]
+    heights = [_CELL + 28 + max(len(cell.lines) for cell in row) * 15 + _GAP for row in rows]
+    width = max(map(len, rows), default=1) * (_CELL + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, sum(heights) + _GAP), _PAPER)
+    draw, top = ImageDraw.Draw(sheet), _GAP
+    for row, height in zip(rows, heights, strict=True):
+        for column, cell in enumerate(row):
+            left = _GAP + column * (_CELL + _GAP)
+            sheet.paste(_fitted(cell.picture), (left, top))
+            draw.text((left, top + _CELL + 4), _short(cell.heading), fill=cell.colour, font=ImageFont.load_default(13))
             font = ImageFont.load_default(12)
-            draw.multiline_text((left, top + _CELL + 22), "\n".join(lines), fill=_SOFT, font=font, spacing=3)
+            draw.multiline_text((left, top + _CELL + 22), "\n".join(cell.lines), fill=_SOFT, font=font, spacing=3)
+        top += height
     sheet.save(path, optimize=True)
+
+
+def _cells(photo: Photo, edits_each: int) -> list[_Cell]:
+    """The picture with its caption, its things, and its edits."""
+    changes = sorted((change for change in photo.changes if change.painted), key=_is_out)[:edits_each]
+    things = ", ".join(thing.name for thing in photo.things) or "; ".join(one.reason for one in photo.rejections)
+    return [
+        _Cell(photo.pixels, photo.key, _INK, _wrapped(photo.caption)),
+        _Cell(_with_masks(photo), "things", _INK, _wrapped(things)),
+        *(_cell(photo, change) for change in changes),
+    ]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _TEXT, max_lines=_LINES, placeholder=" ...")
 
 
 def _is_out(change: Change) -> bool:
     return not change.kept
 
 
-def _cell(photo: Photo, change: Change) -> tuple[Picture, str, str, str]:
+def _cell(photo: Photo, change: Change) -> _Cell:
     """An edit: its picture, in words, a colour that says whether it was kept, and its instructions and scores."""
     words = [*change.there.simple[:1], *(one.text for one in change.there.advanced[:1])] if change.there else []
     scores = " ".join(str(graded.value) for graded in (change.scores or {}).values())
     why = [one.reason for one in photo.rejections if one.what == change.named and not change.kept]
     text = " / ".join([*words, *([f"scores {scores}"] if scores else []), *why])
-    return decode_image(change.painted), change.named, _GOOD if change.kept else _BAD, text
+    return _Cell(decode_image(change.painted), change.named, _GOOD if change.kept else _BAD, _wrapped(text))
 
 
 def _with_masks(photo: Photo) -> Picture:

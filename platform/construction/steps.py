@@ -21,6 +21,7 @@ from insightedit.platform.construction.config import (
     GroundedMasksConfig,
     OpenCvConfig,
     PainterConfig,
+    ReplacementConfig,
     StepName,
     StepOfWords,
 )
@@ -57,7 +58,7 @@ def step_names(config: ConstructionConfig) -> list[StepName]:
     idle: set[StepName] = set()
     if not isinstance(config.masks, GroundedMasksConfig):
         idle.add("detect")
-    if config.replacement is None:
+    if config.replacement == "none":
         idle.add("replace")
     return [name for name in STEPS if name not in idle]
 
@@ -119,7 +120,7 @@ def _masker(config: ConstructionConfig) -> Masker:
     return shapes.ShapesMasker()
 
 
-def _painter(chosen: PainterConfig | None, seed: int, threads: int) -> Painter:
+def _painter(chosen: PainterConfig | ReplacementConfig, seed: int, threads: int) -> Painter:
     if isinstance(chosen, OpenCvConfig | DiffusionConfig):
         from insightedit.platform.construction.painters import DiffusionPainter, OpenCvPainter  # noqa: PLC0415
 

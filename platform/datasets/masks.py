@@ -48,13 +48,15 @@ def read_mask(data: bytes, source: bytes) -> NDArray[np.bool_]:
         sides = " and ".join(f"{width}x{height}" for width, height in (size, mask_size))
         raise BadRowError("mask_size", f"Source and mask differ in size: {sides} pixels.")
     with Image.open(io.BytesIO(data)) as image:
-        alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else None
-    if alpha is not None and alpha.min() < _HOLE:
-        return np.asarray(alpha < _HOLE)
+        alpha: NDArray[np.uint8] = np.asarray(image.convert("RGBA"))[..., 3]
+    hole: NDArray[np.bool_] = np.less(alpha, _HOLE)
+    if hole.any():
+        return hole
     grey = pixels.mean(axis=-1)
     if ((grey > _GREY[0]) & (grey < _GREY[1])).mean() <= _GREY_SHARE:
-        return np.asarray(grey >= _HOLE)
-    return (np.abs(pixels.astype(np.int16) - decode_image(source)) >= _DIFFERS).any(axis=-1)
+        return np.greater_equal(grey, _HOLE)
+    difference = np.abs(pixels.astype(np.int16) - decode_image(source)).max(axis=-1)
+    return np.greater_equal(difference, _DIFFERS)
 
 
 def mask_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:

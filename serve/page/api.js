@@ -23,7 +23,7 @@ export class ServerError extends Error {
 }
 
 async function ask(path, options = {}) {
-  const headers = key ? { authorization: `Bearer ${key}` } : {};
+  const headers = { ...options.headers, ...(key ? { authorization: `Bearer ${key}` } : {}) };
   const response = await fetch(path, { ...options, headers });
   if (response.ok) return response;
   const answer = await response.json().catch(() => null);
@@ -34,8 +34,15 @@ async function ask(path, options = {}) {
 
 const json = async (path) => (await ask(path)).json();
 export const versions = async () => (await json("/v1/models")).data;
+export const feedbackAsked = async () => (await json("/v1/feedback")).consent;
 export const status = () => json("/v1/status");
 export const example = (seed) => json(`/page/example.json?seed=${seed}`);
+
+/** Say whether an edit is what was asked for; `verdict` is accept or reject. */
+export async function judge(answer, verdict) {
+  const body = JSON.stringify({ request_id: answer.request_id, image_index: answer.image_index ?? 0, verdict });
+  await ask("/v1/feedback", { method: "POST", body, headers: { "content-type": "application/json" } });
+}
 
 /** A picture of an answer as a Blob. */
 export function decoded(base64, format) {

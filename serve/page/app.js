@@ -16,6 +16,13 @@ const mask = new Mask(find("paint"), () => refresh());
 const links = new Map(); // an object URL for each Blob that is shown
 let running = null; // the AbortController of the edit under way
 let painting = false;
+const VERDICTS = {
+  asked: "Is this what you asked for?",
+  sent: "Your answer is on its way.",
+  kept: "Thank you; your answer is kept.",
+  gone: "This edit is too old for an answer.",
+};
+let asksVerdict = false; // whether the server keeps what people say of their edits
 
 const show = (element, visible) => { element.hidden = !visible; };
 
@@ -81,6 +88,9 @@ function refresh() {
   show(find("after"), comparing);
   for (const name of ["again", "download"]) show(find(name), result);
   show(find("facts"), result);
+  show(find("verdict"), result && asksVerdict && step.answer !== undefined);
+  for (const name of ["accept", "reject"]) find(name).disabled = Boolean(step?.verdict);
+  find("verdict-title").textContent = VERDICTS[step?.verdict ?? "asked"];
   show(find("paint"), Boolean(step) && !running && (painting || (!mask.empty && !result)));
   find("paint").classList.toggle("on", painting);
   show(find("brush"), painting);
@@ -176,7 +186,7 @@ async function edit() {
     });
     if (running !== controller) return;
     running = null;
-    await addStep({ before: step.before, after: answer.blob, prompt: fields.prompt, facts: factsOf(answer) });
+    await addStep({ before: step.before, after: answer.blob, prompt: fields.prompt, facts: factsOf(answer), answer });
     if (find("keep").checked && answer.seed !== undefined) form.elements.seed.value = answer.seed;
     find("said").textContent = "The edit is done.";
   } catch (error) {
@@ -196,6 +206,20 @@ async function showPartial(blob, controller) {
   frame.style.setProperty("--at", "0%");
   find("busy").classList.add("forming");
   show(find("after"), true);
+}
+
+async function judge(verdict) {
+  const step = history.current;
+  step.verdict = "sent";
+  refresh();
+  try {
+    await api.judge(step.answer, verdict);
+    step.verdict = "kept";
+  } catch (error) {
+    step.verdict = error.status === 404 ? "gone" : undefined;
+    showError(step.verdict ? null : error);
+  }
+  refresh();
 }
 
 function factsOf(answer) {
@@ -341,6 +365,8 @@ find("fact-seed").addEventListener("click", () => {
   form.elements.seed.value = find("fact-seed").textContent;
   find("settings").open = true;
 });
+find("accept").addEventListener("click", () => judge("accept"));
+find("reject").addEventListener("click", () => judge("reject"));
 find("undo").addEventListener("click", () => goTo(history.at - 1));
 find("redo").addEventListener("click", () => goTo(history.at + 1));
 find("mask").addEventListener("click", () => paint(!painting));
@@ -367,3 +393,4 @@ listVersions().catch((error) => {
   showError(error.status ? error : new Error("The server does not answer; is it still up?"));
 });
 watchStatus();
+api.feedbackAsked().then((asked) => { asksVerdict = asked; refresh(); }, () => {});

@@ -22,6 +22,7 @@ from insightedit import (
     __version__,
     cli_batch,
     cli_cluster,
+    cli_compare,
     cli_construct,
     cli_edit,
     cli_jobs,
@@ -233,6 +234,18 @@ def data_prepare(
         for name, one in made.items()
     ]
     emit(made, as_json, lambda: columns([heading, *rows]))
+
+
+@data.command("feedback")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; new, or empty.")
+@json_option
+def data_feedback(out: Path, as_json: bool) -> None:
+    """Write the edits that users of the server have accepted as a dataset that `pairs` reads."""
+    from insightedit.serve.feedback import export_feedback
+
+    done = export_feedback(open_workdir(), out)
+    check = f"`insightedit data check pairs {done.folder}`"
+    emit(done, as_json, lambda: [f"{done.pairs} accepted edits; {done.rejected} rejected ones stay out: {check}"])
 
 
 data.add_command(cli_construct.construct)
@@ -559,6 +572,7 @@ def serve_down(dry_run: bool, as_json: bool) -> None:
     emit(status, as_json, lambda: _show_server(status))
 
 
+cli.add_command(cli_compare.compare)
 cli.add_command(cli_edit.edit)
 cli.add_command(cli_jobs.edit_job)
 cli.add_command(cli_batch.batch_edit)

@@ -97,6 +97,21 @@ def _decision(entry: AuditEntry) -> str:
     )
 
 
+@models.command("card")
+@click.argument("version", default="champion")
+@json_option
+def models_card(version: str, as_json: bool) -> None:
+    """Print the card of a VERSION as it is now: the hub's metadata, and a page in Markdown."""
+    from insightedit.platform.model_cards import model_card
+    from insightedit.platform.registry import Registry
+
+    registry = Registry(open_workdir())
+    found = registry.resolve(version)
+    registry.fetch(found)
+    card = model_card(registry, found)
+    emit({"version": found.version, "card": card}, as_json, lambda: [card.rstrip()])
+
+
 @models.command("log")
 @json_option
 def models_log(as_json: bool) -> None:
