@@ -81,7 +81,7 @@ class Difference:
     lineage: Mapping[str, tuple[str, str]]
     """Tags that differ; empty for one that a version has not."""
     params: Mapping[str, tuple[str, str]]
-    """Values of the trainings' configs that differ."""
+    """Values of the trainings' configs that differ; empty where one of the two was not trained here."""
     figures: Mapping[str, tuple[float | None, float | None]]
     gain: Comparison | None
     """Of the second over the first, where both were judged on the same cases."""
@@ -139,7 +139,7 @@ def difference(registry: Registry, first: ModelVersion, second: ModelVersion) ->
         files=words,
         bytes=(manifests[0].size, manifests[1].size),
         lineage=_unlike(first.tags, second.tags),
-        params=_unlike(*trained),
+        params=_unlike(trained[0], trained[1]) if all(trained) else {},
         figures={name: (figures[0].get(name), figures[1].get(name)) for name in figures[0].keys() | figures[1].keys()},
         gain=_gain(registry, first, second),
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import psutil
 import pytest
 from hostile_inputs import corpus, status_of
@@ -19,18 +22,59 @@ from insightedit.platform.workdir import Workdir
 from insightedit.serve.client import KEY_VARIABLE, edit_over_http
 from insightedit.serve.deployment import down, up
 from insightedit.serve.keys import Allowance, KeyStore
-from insightedit.serve.settings import Limits, ServeSettings
+from insightedit.serve.settings import Destinations, Limits, ServeSettings
 
 pytestmark = pytest.mark.timeout(300)
 
 
+class Outside(ThreadingHTTPServer):
+    """A host of somebody else's: has a picture, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.told: list[tuple[dict[str, str], bytes]] = []
+
+    @property
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Outside  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(png(picture()))
+
+    def do_POST(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.told.append((headers, self.rfile.read(int(headers["content-length"]))))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the base class names it so)
+        """Keep quiet."""
+
+
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def outside() -> Iterator[Outside]:
+    with Outside() as outside:
+        thread = threading.Thread(target=outside.serve_forever, args=(0.05,))
+        thread.start()
+        yield outside
+        outside.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory, outside: Outside) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("guarded")
     workdir = Workdir.open(folder / "work")
     version_folder = register_champion(workdir, folder)
     KeyStore(workdir).create("first", Allowance())
-    settings = ServeSettings(require_keys=True, limits=Limits(body_seconds=1))
+    allowed = Destinations.model_validate({"origins": [outside.origin], "networks": ["127.0.0.0/8"]})
+    settings = ServeSettings(require_keys=True, limits=Limits(body_seconds=1), image_urls=allowed, webhooks=allowed)
     yield Served(workdir, up(workdir, port=0, settings=settings), version_folder)
     down(workdir)
 
@@ -107,6 +151,25 @@ def test_a_request_is_found_in_every_log_and_its_prompt_in_none(guarded: Served)
     everything = "".join(file.read_text() for file in guarded.workdir.logs.rglob("*") if file.is_file())
     assert PROMPT not in everything
     assert key not in everything
+
+
+def test_a_job_by_address_is_told_where_it_was_asked_for(guarded: Served, outside: Outside) -> None:
+    key, _ = KeyStore(guarded.workdir).create("outside", Allowance())
+    eventually(guarded, key, 200)
+    expected = ask(guarded, key, seed="7").json()["data"]
+    headers = {"authorization": f"Bearer {key}"}
+    images = [{"image_url": f"{outside.origin}/a.png"}]
+    body = {"prompt": PROMPT, "num_inference_steps": 2, "seed": 7, "images": images, "webhook_images": True}
+    url = f"{guarded.status.url}/v1/images/edits/jobs/by-address"
+    assert httpx.put(url, json={**body, "webhook": "http://127.0.0.1:9/"}, headers=headers).status_code == 400
+    assert httpx.put(url, json={**body, "webhook": outside.origin}, headers=headers).status_code == 202
+    end = time.monotonic() + 20
+    while not outside.told and time.monotonic() < end:
+        time.sleep(0.1)
+    ((told, content),) = outside.told
+    secret = httpx.get(f"{guarded.status.url}/v1/webhooks/secret", headers=headers).json()["key"]
+    openai.OpenAI(api_key="any").webhooks.verify_signature(content, told, secret=secret)
+    assert json.loads(content)["data"]["result"]["data"] == expected
 
 
 def resident(served: Served) -> int:

@@ -28,7 +28,7 @@ from insightedit.platform.construction.config import ConstructionConfig, StepNam
 from insightedit.platform.construction.output import blocks_done, count_pairs, write_block
 from insightedit.platform.construction.photos import Photo, Spent, from_rows, to_rows
 from insightedit.platform.construction.sources import Block, blocks_of, fingerprint_of, read_block
-from insightedit.platform.construction.steps import make_step, step_names
+from insightedit.platform.construction.steps import Step, make_step, step_names
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.ingest import TASK_CPUS
 from insightedit.platform.shards import Table
@@ -172,9 +172,14 @@ class Worker:
 
     def __init__(self, name: StepName, work: Construction) -> None:
         self._name: StepName = name
+        self._work = work
         self._store = work.store.child(WORK).child(name)
         _limit_threads(work.config.pool(name).threads)
-        self._step = make_step(name, work.config, work.answers)
+
+    @functools.cached_property
+    def _step(self) -> Step:
+        """The step with its model; made when there is something to do, and where Ray does not log what goes wrong."""
+        return make_step(self._name, self._work.config, self._work.answers)
 
     def __call__(self, table: Table) -> Table:
         """Do the step for a block, unless that was done before."""
