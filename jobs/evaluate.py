@@ -104,8 +104,11 @@ class PipelineActor:
         except (ValueError, RuntimeError) as error:  # too long for the model, or too large for the memory
             if len(instructions) == 1:
                 return [Unmade(" ".join(str(error).split()) or type(error).__name__)]
-        alone = zip(instructions, sources, seeds, strict=True)
-        return [edit for one in alone for edit in self.try_edit(folder, *([value] for value in one))]
+        return [
+            edit
+            for instruction, source, seed in zip(instructions, sources, seeds, strict=True)
+            for edit in self.try_edit(folder, [instruction], [source], [seed])
+        ]
 
     def _open(self, folder: str) -> PictureEditor:
         if self._editor is None or self._folder != folder:
