@@ -54,18 +54,15 @@ class Outcome:
         assert len(self.err.strip().splitlines()) == 1, self.err
 
 
-@pytest.fixture(scope="module")
-def deepspeed_has_spoken() -> None:
-    """DeepSpeed looks for a compiler's libraries when it is imported; the linker then says what is not there."""
-    import insightedit.platform.engine  # noqa: F401  # pyright: ignore[reportUnusedImport]
-
-
 @pytest.fixture
-def insightedit(capfd: pytest.CaptureFixture[str], deepspeed_has_spoken: None) -> Any:
+def insightedit(capfd: pytest.CaptureFixture[str]) -> Any:
     """Run a command in this process."""
 
     def run(*arguments: str | Path) -> Outcome:
-        capfd.readouterr()  # What making the fixtures printed.
+        # DeepSpeed looks for a compiler's libraries when it is imported; the linker then says what is not there.
+        import insightedit.platform.engine  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+        capfd.readouterr()  # What that and making the fixtures printed.
         code = cli.run([str(argument) for argument in arguments])
         printed = capfd.readouterr()
         return Outcome(code, printed.out, printed.err)
