@@ -28,8 +28,9 @@ from insightedit.serve.state import ServeState, read_state
 
 POLL = 0.05
 PATIENCE = 300.0
-ASLEEP = 2.0
-"""Seconds without an edit after which replicas go, in the part that measures waking."""
+ASLEEP = 15.0
+"""Seconds without an edit after which replicas go, in the part that measures waking: longer than one takes to come, or
+the conditioner would be gone again while the editor wakes."""
 
 Seconds = dict[str, float]
 """How long something took, by name."""
