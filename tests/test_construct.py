@@ -118,7 +118,7 @@ def test_every_pair_is_what_it_says(done: Constructed) -> None:
 def shapes_mask(rle: dict[str, Any]) -> np.ndarray[Any, Any]:
     import pycocotools.mask as coco_mask
 
-    return np.asarray(coco_mask.decode({"size": rle["size"], "counts": rle["counts"].encode()}), bool)  # type: ignore[arg-type]
+    return np.asarray(coco_mask.decode({"size": rle["size"], "counts": rle["counts"].encode()}), bool)
 
 
 def test_no_scene_of_the_test_becomes_training_data(done: Constructed) -> None:
@@ -341,7 +341,9 @@ def test_photos_survive_their_rows(config: RunConfig) -> None:
     from insightedit.platform.construction.photos import from_rows
 
     photos = read_block(config.construction.images, blocks_of(config.construction)[0])
-    photos[0].things = shapes.ShapesWords(config.construction).objects(photos[:1])[0]  # type: ignore[assignment]
+    things = shapes.ShapesWords(config.construction).objects(photos[:1])[0]
+    assert isinstance(things, list)
+    photos[0].things = things
     number, again = from_rows(to_rows(4, photos))
     assert number == 4
     assert [photo.model_dump() for photo in again] == [photo.model_dump() for photo in photos]

@@ -14,6 +14,7 @@ from PIL import Image
 from stand_in_endpoint import Drop, Say, StandIn, Status, in_turn
 from tiny_models import build_sources
 
+from insightedit.platform.chat.cache import AnswerCache
 from insightedit.platform.chat.choosing import build_chat
 from insightedit.platform.chat.config import EndpointConfig, LocalModelConfig
 from insightedit.platform.chat.endpoint import Backoff, ChatEndpoint
@@ -27,7 +28,6 @@ from insightedit.platform.construction.steps import make_step, step_names
 from insightedit.platform.datasets.shapes import Scene, render, sample_scene, shape_masks
 from insightedit.platform.datasets.shapes_language import name
 from insightedit.platform.errors import UsageError
-from insightedit.platform.judges.cache import AnswerCache
 from insightedit.platform.records import encode_png
 
 TIMES = 8
@@ -138,7 +138,8 @@ def test_replacements_are_found_by_the_names_of_things(tmp_path: Path, quick: No
     with StandIn(Knowing([scene], behaves=True)) as endpoint:
         config = asked_config(tmp_path, endpoint.url)
         (photo,) = (photo for block in blocks_of(config) for photo in read_block(config.images, block))
-        words = AskedWords(Asker(build_chat(config.words), AnswerCache(tmp_path)), config)  # type: ignore[arg-type]
+        assert not isinstance(config.words, str)
+        words = AskedWords(Asker(build_chat(config.words), AnswerCache(tmp_path)), config)
         (things,) = words.objects([photo])
         assert isinstance(things, list)
         photo.things = things[:2]

@@ -19,11 +19,11 @@ import pytest
 from made_edits import VALUES, made_edits, values_of
 from stand_in_endpoint import Asked, Drop, React, Reaction, Say, Stall, StandIn, Status, in_turn
 
+from insightedit.platform.chat.cache import AnswerCache
 from insightedit.platform.chat.config import EndpointConfig
 from insightedit.platform.chat.endpoint import LONGEST_PAUSE, Backoff, ChatEndpoint, retry_after
 from insightedit.platform.errors import UsageError
 from insightedit.platform.judges import ASPECTS, Failed, MadeEdit, Scores
-from insightedit.platform.judges.cache import AnswerCache
 from insightedit.platform.judges.choosing import CACHE, build_judge
 from insightedit.platform.judges.mllm import MllmJudge
 from insightedit.platform.judges.prompts import CONSISTENCY, QUALITY, QUESTIONS, Question
@@ -419,7 +419,7 @@ import numpy as np
 from insightedit.platform.chat.endpoint import ChatEndpoint
 from insightedit.platform.chat.config import EndpointConfig
 from insightedit.platform.judges import MadeEdit
-from insightedit.platform.judges.cache import AnswerCache
+from insightedit.platform.chat.cache import AnswerCache
 from insightedit.platform.judges.mllm import MllmJudge
 url, folder, pictures, parallel = sys.argv[1:]
 pairs = enumerate(np.load(pictures))

@@ -13,6 +13,7 @@ import pycocotools.mask as coco_mask
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from insightedit.platform.chat.asking import Spending
 from insightedit.platform.construction.config import Aspect, StepName
 from insightedit.platform.datasets.segmentation import rle_mask
 from insightedit.platform.records import decode_image
@@ -154,6 +155,11 @@ class Spent(BaseModel):
     """Answers that were there already."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    @classmethod
+    def of(cls, asked: Spending) -> Spent:
+        """What asking a model took, but for the time."""
+        return cls(**{name: getattr(asked, name) for name in cls.model_fields if name != "seconds"})
 
     def plus(self, other: Spent, sign: int = 1) -> Spent:
         """The sum, or with the sign -1 the difference."""

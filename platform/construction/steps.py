@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from insightedit.platform.chat.cache import AnswerCache
 from insightedit.platform.chat.choosing import build_chat
 from insightedit.platform.construction import shapes
 from insightedit.platform.construction.asked import AskedWords
@@ -32,8 +33,6 @@ from insightedit.platform.construction.painting import Painter, run_painting
 from insightedit.platform.construction.photos import Change, Photo, Spent
 from insightedit.platform.construction.proposals import run_proposals
 from insightedit.platform.construction.quality import run_judge
-from insightedit.platform.judges import Judge
-from insightedit.platform.judges.cache import AnswerCache
 from insightedit.platform.judges.mllm import MllmJudge
 from insightedit.platform.judges.shapes import ShapesJudge
 
@@ -134,20 +133,8 @@ def _judging(config: ConstructionConfig, answers: Path) -> Step:
     if isinstance(config.judge, str):
         return Step(partial(run_judge, ShapesJudge(), shapes.truth_of, config))
     judge = MllmJudge(build_chat(config.judge), AnswerCache(answers))
-    return Step(partial(run_judge, judge, _nothing_known, config), lambda: _spent_by(judge))
+    return Step(partial(run_judge, judge, _nothing_known, config), lambda: Spent.of(judge.costs))
 
 
 def _nothing_known(_photo: Photo, _change: Change) -> None:
     """What is known of an edit that a language model judges."""
-
-
-def _spent_by(judge: Judge) -> Spent:
-    costs = judge.costs
-    return Spent(
-        requests=costs.requests,
-        retries=costs.retries,
-        repairs=costs.repairs,
-        cached=costs.cached,
-        prompt_tokens=costs.prompt_tokens,
-        completion_tokens=costs.completion_tokens,
-    )

@@ -10,13 +10,14 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from insightedit.platform import chat
+from insightedit.platform.chat import asking
+from insightedit.platform.chat.asking import Spending
 
 Picture: TypeAlias = NDArray[np.uint8]
 """Pixels (H, W, 3), RGB, as people get them."""
@@ -26,7 +27,7 @@ Aspect = Literal["instruction_adherence", "non_overediting", "naturalness", "no_
 ASPECTS: Final[tuple[Aspect, ...]] = get_args(Aspect)
 TOP_SCORE: Final = 5
 
-Reason = Literal[chat.Reason, "unparsable", "no_edit"]
+Reason = Literal[asking.Reason, "no_edit"]
 """Why an edit has no scores: the model gave no answer, or, asked twice, none with valid scores; or there is no edit."""
 
 
@@ -115,26 +116,15 @@ Verdict: TypeAlias = Scores | Failed
 
 
 @dataclass(slots=True)
-class Costs:
+class Costs(Spending):
     """What judging took so far."""
 
-    requests: int = 0
-    """Sent to the model, every try counted."""
-    retries: int = 0
-    """Of them, tries again after the endpoint was not to be reached, overloaded or broken."""
-    repairs: int = 0
-    """Of them, answers without valid scores that the model was asked to put right."""
-    cached: int = 0
-    """Answers that were there already."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
     failures: Counter[Reason] = field(default_factory=Counter[Reason])
     """Edits without scores, by reason."""
 
     def to_json(self) -> dict[str, Any]:
         """The figures under their names."""
-        names = ("requests", "retries", "repairs", "cached", "prompt_tokens", "completion_tokens")
-        return {**{name: getattr(self, name) for name in names}, "failures": dict(self.failures)}
+        return {**asdict(self), "failures": dict(self.failures)}
 
 
 Progress = Callable[[int, int], None]

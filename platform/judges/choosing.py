@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from insightedit.platform.chat.cache import AnswerCache
 from insightedit.platform.chat.choosing import build_chat
 from insightedit.platform.chat.config import JudgeConfig
 from insightedit.platform.judges import Judge
-from insightedit.platform.judges.cache import AnswerCache
 from insightedit.platform.judges.mllm import MllmJudge
 from insightedit.platform.judges.shapes import ShapesJudge
 from insightedit.platform.workdir import Workdir
