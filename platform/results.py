@@ -53,8 +53,6 @@ class CaseResult:
     """The judge's words by the name of the score that they explain."""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     """PSNR and the like by name; what could not be measured has no entry."""
-    seconds: float | None = None
-    """Of the edit; of a batch, its share."""
     failure: str = ""
     """Why there is no score: one sentence, that begins with `edit` or `judge`. Empty for a case that was scored."""
 
@@ -125,6 +123,5 @@ _COLUMNS: Final[dict[str, Any]] = {
     **dict.fromkeys(SCORES, pa.int8()),
     "viescore": pa.float64(),
     "explanations": pa.map_(pa.string(), pa.string()),
-    "seconds": pa.float64(),
     "failure": pa.string(),
 }

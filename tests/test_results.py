@@ -22,7 +22,6 @@ SCORED = CaseResult(
     viescore=0.9,
     explanations={"instruction_adherence": 'The cat is gone, "almost".'},
     metrics={"psnr": 31.5, "ssim": 0.97},
-    seconds=1.5,
 )
 FAILED = CaseResult(
     case="b", scene="b", seed=4, task="add", wording="", instruction="add a dog", failure="edit failed: too long."
@@ -36,6 +35,13 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert table.column("metric.psnr").to_pylist() == [31.5, None]
     assert table.column("naturalness").null_count == 2, "an unknown score is not 0"
     assert table.column("viescore").to_pylist() == [0.9, None]
+
+
+def test_a_column_that_is_no_longer_known_is_passed_over(tmp_path: Path) -> None:
+    write_results(tmp_path / "results.parquet", [SCORED])
+    table = pq.read_table(tmp_path / "results.parquet").append_column("seconds", [[1.5]])
+    pq.write_table(table, tmp_path / "results.parquet")
+    assert read_results(tmp_path / "results.parquet") == [SCORED]
 
 
 def test_an_evaluation_without_cases_has_the_same_columns(tmp_path: Path) -> None:
