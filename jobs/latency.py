@@ -41,7 +41,7 @@ def measure_latency(
         InsightEditError: a pipeline cannot edit.
     """
     workers = config.workers
-    cases = evaluation_cases(config.evaluation, edits)[: edits + 1]
+    cases = evaluation_cases(config.evaluation, edits + 1)[: edits + 1]
     seconds: list[list[float]] = [[] for _ in folders]
     with connected():
         make: Any = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(PipelineActor)

@@ -281,6 +281,8 @@ class Registry:
         newest = max(numbers)
         if selector == CHAMPION:
             return f"There is no champion yet: {newest} is the newest version, run `insightedit promote {newest}`."
+        if selector == CHALLENGER:
+            return "There is no challenger: train or import one, or name a version of `insightedit models list`."
         if selector == PREVIOUS:
             return "There is no champion before this one to go back to: promote another version instead."
         return f"There is no {_described(selector)} of {self.name}: see `insightedit models list` for those there are."

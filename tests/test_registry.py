@@ -75,6 +75,9 @@ def test_what_is_not_there_is_said_with_the_way_out(registry: Registry, run_id: 
     registry.register(make_pipeline(tmp_path / "p"), run_id)
     with pytest.raises(NotFoundError, match=r"There is no champion yet: .*`insightedit promote 1`"):
         registry.resolve("models:/insightedit@champion")
+    registry.promote("1")
+    with pytest.raises(NotFoundError, match="There is no challenger: train or import one, or name a version"):
+        registry.resolve("challenger")
     with pytest.raises(NotFoundError, match="There is no version 7 of insightedit"):
         registry.resolve("7")
     with pytest.raises(NotFoundError, match="no model other"):

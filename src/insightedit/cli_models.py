@@ -203,7 +203,7 @@ def _show_contents(contents: Contents) -> Iterable[str]:
 @dry_run_option
 @json_option
 def models_export(version: str, folder: Path, dry_run: bool, as_json: bool) -> None:
-    """Copy a VERSION into a new FOLDER, verified, which opens with diffusers' `from_pretrained`."""
+    """Copy a VERSION, verified, and its card into a new FOLDER, and print the lines of Python that open it."""
     from insightedit.platform.exchange import export_version, how_to_load
     from insightedit.platform.registry import Registry
 
