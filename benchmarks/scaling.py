@@ -30,7 +30,7 @@ POLL = 0.05
 PATIENCE = 300.0
 ASLEEP = 15.0
 """Seconds without an edit after which replicas go, in the part that measures waking: longer than one takes to come, or
-the conditioner would be gone again while the editor wakes."""
+the half that came first would be gone again while the other wakes."""
 
 Seconds = dict[str, float]
 """How long something took, by name."""

@@ -173,6 +173,10 @@ class Editor:
         finally:
             future.cancel()
 
+    async def ready(self) -> bool:
+        """Answer; the weights are loaded."""
+        return True
+
     async def describe(self) -> VersionInfo:
         """What this version is, once the conditioner has answered as well."""
         await self._conditioner.ready.remote()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from ray import serve as ray_serve
@@ -61,11 +61,14 @@ class ReplicaBackend:
         self._infos: dict[str, tuple[float, VersionInfo]] = {}
         self._handles: dict[tuple[str, str], Any] = {}
         """By application and deployment."""
+        self._rousing: set[str] = set()
+        """Versions whose editor has been told that an edit is coming."""
 
     async def edit(self, version: str, job: EditJob, on_partial: PartialTaker | None = None) -> EditOutcome:
         """Condition, then edit."""
         begun = time.perf_counter()
-        conditions: Conditions | Refusal = await self._call(version, CONDITIONER, "condition", job)
+        async with self._editor_roused(version):
+            conditions: Conditions | Refusal = await self._call(version, CONDITIONER, "condition", job)
         if isinstance(conditions, Refusal):
             raise ApiError(400, "invalid_value", conditions.message, conditions.param)
         if on_partial is None or job.partials == 0:
@@ -121,6 +124,26 @@ class ReplicaBackend:
             self._handles = {**kept, place: found}
         return self._handles[place]
 
+    @asynccontextmanager
+    async def _editor_roused(self, version: str) -> AsyncGenerator[None]:
+        """While the block runs, have an editor start where none does: it need not wait for the conditions.
+
+        One call is enough for all edits of these seconds. It ends with the block, since Serve counts calls for scaling.
+        """
+        handle = await self._handle(version, EDITOR)
+        if version in self._rousing or _runs(handle):
+            yield
+            return
+        self._rousing.add(version)
+        call = asyncio.create_task(self._call(version, EDITOR, "ready"))
+        try:
+            yield
+        finally:
+            self._rousing.discard(version)
+            call.cancel()
+            # What fails here fails again at the edit, which says so.
+            await asyncio.gather(call, return_exceptions=True)
+
     async def _edit_in_parts(
         self, version: str, job: EditJob, conditions: Conditions, on_partial: PartialTaker
     ) -> Edited:
@@ -171,6 +194,13 @@ class ReplicaBackend:
                 break
         message = f"Model version {version} cannot be reached at present; send the request again."
         raise ApiError(503, "unavailable", message, retry_after=self._limits.retry_after)
+
+
+def _runs(handle: Any) -> bool:
+    """Whether a handle knows of a replica. Serve tells it of each that comes or goes; nobody is asked."""
+    router = getattr(handle._router, "_asyncio_router", None)  # None before the first call.
+    known = getattr(router, "_request_router", None)
+    return known is not None and len(known.curr_replicas) > 0
 
 
 @contextmanager

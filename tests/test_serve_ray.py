@@ -214,6 +214,18 @@ def test_settings_reach_the_model(served: Served) -> None:
     assert np.array_equal(pixels(edit(served, picture(), **options)), np.asarray(local))
 
 
+def test_an_editor_that_runs_gets_one_call_an_edit(served: Served) -> None:
+    def calls() -> int:
+        logs = (served.workdir.logs / "serve").glob("*Editor*")
+        return sum(log.read_text().count('"CALL /v1/images/edits OK') for log in logs)
+
+    edit(served, picture())
+    before = calls()
+    for seed in range(3):
+        edit(served, picture(), seed, num_inference_steps=1)
+    assert calls() == before + 3
+
+
 def test_it_says_how_it_is(served: Served) -> None:
     now = status(served.workdir)
     assert (now.state, now.ready, now.model_version, now.aliases) == ("up", True, "1", ("champion",))

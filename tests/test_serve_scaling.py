@@ -142,8 +142,11 @@ def test_it_sleeps_and_the_first_request_waits_for_it(sleepy: Served) -> None:
         return asleep(sleepy)
 
     until(ask)
-    first = edit(sleepy, picture(), patience=Patience(retries=0))
-    assert edit(sleepy, picture(), patience=Patience(retries=0)) == first
+    with ThreadPoolExecutor(1) as client:
+        first = client.submit(edit, sleepy, picture(), patience=Patience(retries=0))
+        until(lambda: all(deployment(sleepy, name).starting for name in ("Conditioner", "Editor")))
+        answer = first.result()
+    assert edit(sleepy, picture(), patience=Patience(retries=0)) == answer
 
 
 @pytest.mark.slow
