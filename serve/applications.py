@@ -22,6 +22,8 @@ from insightedit.serve.settings import Scaling, ServeSettings
 serve: Any = ray_serve  # Its types are incomplete.
 
 GATEWAY_APPLICATION = "insightedit-gateway"
+GATEWAY = "Gateway"
+"""The deployment in it."""
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY", "DELETING")
 METRICS_SECONDS = 0.5
 """How often callers tell Serve's controller what they have in hand. Serve's own 10 seconds are most of a scale-up."""
@@ -96,7 +98,7 @@ def gateway_application(table: VersionTable, settings: ServeSettings, channel: s
         settings: limits and scaling.
         channel: where newer tables come, in the gateways' shared store; None where none will.
     """
-    options = _options("Gateway", settings.gateway, settings)
+    options = _options(GATEWAY, settings.gateway, settings)
     rows = table.model_dump(mode="json")
     gateway = serve.deployment(Gateway, **options, user_config=rows)
     return gateway.bind(settings.model_dump(mode="json"), rows, channel)

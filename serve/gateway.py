@@ -26,6 +26,7 @@ from insightedit.platform.datasets.shapes_world import render
 from insightedit.serve.answers import EVENTS_SCHEMA, ImagesResponse, Job, WebhookSecret, component_schemas, request_body
 from insightedit.serve.backend import Backend
 from insightedit.serve.door import Access, Door, caller_of
+from insightedit.serve.draining import Draining, DrainLayer
 from insightedit.serve.edit_jobs import JobId, JobService
 from insightedit.serve.edits import EditService
 from insightedit.serve.feedback import Feedback, FeedbackAnswer, FeedbackRequest
@@ -213,6 +214,7 @@ def build_app(
     image_urls: Destinations | None = None,
     traces: Traces | None = None,
     feedback: Feedback | None = None,
+    draining: Draining | None = None,
 ) -> FastAPI:
     """The whole HTTP interface over some backend.
 
@@ -227,6 +229,7 @@ def build_app(
         image_urls: where images may be fetched from; nowhere without it.
         traces: where edits are traced; nowhere without it.
         feedback: what is kept of users' verdicts; nothing without it.
+        draining: what has it stop; without it, it takes edits to the end.
     """
     shared = shared or Shared.in_this_process(limits)
     followed = trials or Trials(backend, RolloutSettings(), shared.store, None, meters)
@@ -242,6 +245,8 @@ def build_app(
 
     # FastAPI's documentation pages load scripts from another host; /openapi.json stays.
     app = _Application(title="InsightEdit", docs_url=None, redoc_url=None, lifespan=lifespan)
+    if draining is not None:
+        app.add_middleware(DrainLayer, draining=draining)
     if access is not None:
         app.add_middleware(Door, access=access, meters=meters)
     app.add_middleware(OuterLayer, sets_request_id=sets_request_id)

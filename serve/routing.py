@@ -27,6 +27,7 @@ from insightedit.serve.backend import (
     VersionTable,
 )
 from insightedit.serve.door import Access
+from insightedit.serve.draining import Draining
 from insightedit.serve.feedback import FOLDER, Feedback
 from insightedit.serve.fleet import FleetStatus, fleet_status
 from insightedit.serve.gateway import build_app
@@ -236,10 +237,15 @@ class Gateway:
         self._feedback = Feedback(own.feedback, store, Workdir.open().root / FOLDER)
         self._trials = Trials(self._backend, own.rollout, store, channel, self._meters)
         self._traces = Traces(own.traces) if own.traces.url else None
+        self._draining = Draining(own.limits, self._meters)
 
     def reconfigure(self, table: dict[str, Any]) -> None:
         """Take another version table, as plain data."""
         self._backend.table = VersionTable.model_validate(table)
+
+    async def drain(self) -> int:
+        """Take no more edits, and say how many requests are in hand; see `Draining.begin`."""
+        return self._draining.begin()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve puts behind the route."""
@@ -254,6 +260,7 @@ class Gateway:
             image_urls=self._image_urls,
             traces=self._traces,
             feedback=self._feedback,
+            draining=self._draining,
         )
         app.get("/v1/status", summary="Replicas, queues, versions and aliases.")(self._status)
         return app

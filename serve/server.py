@@ -22,10 +22,12 @@ from typing import Any
 import psutil
 import ray as untyped_ray
 from ray import serve as untyped_serve
+from ray.serve.exceptions import RayServeException
 
 from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import ENVIRONMENT_VARIABLE, Workdir
 from insightedit.serve.applications import (
+    GATEWAY,
     GATEWAY_APPLICATION,
     ServeFleet,
     gateway_application,
@@ -47,7 +49,9 @@ ray: Any = untyped_ray
 serve: Any = untyped_serve
 
 DRAIN_SECONDS = 10.0
-"""What it may take to have the gateways stopped, beside what they have in hand."""
+"""What it may take to have the gateways know that they stop, beside what they have in hand."""
+LAST_BYTES_SECONDS = 1.0
+"""Time for the last answers to get through the proxies."""
 LOGICAL_CPUS = 8
 """Ray's count. What its actors take of it is a share, not a limit, so it may exceed the machine's."""
 
@@ -97,17 +101,31 @@ def deploy(plan: ServePlan, channel: str | None = None) -> None:
 
 @contextmanager
 def draining(settings: ServeSettings) -> Generator[None]:
-    """At the end of the block, let the gateways finish what they have in hand and take nothing more.
+    """At the end of the block, have the gateways take no more edits, and wait until they have nothing in hand.
 
-    Serve's own shutdown begins with the proxies, and cuts what goes through them.
+    Serve's own shutdown, which follows, begins with the proxies and cuts what goes through them. The gateways stay till
+    then, since without them the proxies would answer in words of their own.
     """
     try:
         yield
     finally:
-        serve.delete(GATEWAY_APPLICATION, _blocking=False)
         end = time.monotonic() + settings.grace_seconds + DRAIN_SECONDS
-        while GATEWAY_APPLICATION in serve.status().applications and time.monotonic() < end:
+        gateways = serve.get_deployment_handle(GATEWAY, GATEWAY_APPLICATION)
+        while in_hand(gateways) and time.monotonic() < end:
             time.sleep(0.1)
+        time.sleep(LAST_BYTES_SECONDS)
+
+
+def in_hand(gateways: Any) -> int:
+    """Have every gateway drain, also those that have come meanwhile; how many requests they have in hand."""
+    try:
+        answers = gateways.broadcast("drain").results(timeout_s=DRAIN_SECONDS, return_exceptions=True)
+    except RayServeException:
+        return 0  # There is none.
+    except TimeoutError:
+        return 1
+    # Who does not say may have some, until Serve knows that it is dead.
+    return sum(1 if isinstance(answer, Exception) else answer for answer in answers)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -356,6 +357,17 @@ def test_a_server_that_does_not_come_up_shows_its_log(served: Served, tmp_path: 
     assert status(other).state == "down"
 
 
+def told_until_nobody_listens(url: str) -> list[httpx.Response]:
+    """What somebody is told who goes on asking for edits until the server is gone."""
+    told: list[httpx.Response] = []
+    fields = {"prompt": PROMPT, "num_inference_steps": "1"}
+    with suppress(httpx.TransportError):
+        while True:
+            told.append(httpx.post(f"{url}/v1/images/edits", data=fields, files={"image": png(picture())}, timeout=60))
+            time.sleep(0.02)
+    return told
+
+
 def test_down_finishes_what_is_in_hand_and_leaves_nothing(served: Served) -> None:
     processes = psutil.Process(served.status.pid).children(recursive=True)
     undisturbed = edit(served, picture(), num_inference_steps=200)
@@ -371,10 +383,18 @@ def test_down_finishes_what_is_in_hand_and_leaves_nothing(served: Served) -> Non
     worker.start()
     while "insightedit_edit_in_flight 1.0" not in httpx.get(f"{served_url(served.workdir)}/metrics").text:
         time.sleep(0.05)
-    assert down(served.workdir).state == "down"
+    with ThreadPoolExecutor(1) as pool:
+        others_told = pool.submit(told_until_nobody_listens, str(served.status.url))
+        assert down(served.workdir).state == "down"
+        told = others_told.result()
     worker.join()
     ((first, *others),) = answers
     assert (first, len(others)) == (undisturbed, 7)
+    assert {answer.status_code for answer in told} <= {200, 503}
+    refused = [answer for answer in told if answer.status_code == 503]
+    assert {answer.json()["error"]["code"] for answer in refused} == {"stopping"}
+    assert {answer.headers["retry-after"] for answer in refused} == {"2"}
+    assert told[-1] in refused
     assert not [process for process in processes if process.is_running()]
     assert status(served.workdir).state == "down"
     with pytest.raises(httpx.ConnectError):

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from test_serve_ray import Served, edit, picture, register_champion
+from test_serve_ray import Served, edit, picture, register_champion, told_until_nobody_listens
 
 from insightedit.platform.errors import NotFoundError, UsageError
 from insightedit.platform.workdir import Workdir
@@ -185,5 +185,11 @@ def test_haproxy_listens_in_place_of_serves_proxy(tmp_path: Path) -> None:
         assert {psutil.Process(pid).name() for pid in listening if pid} == {"haproxy"}
         served = Served(workdir, server, folder)
         assert edit(served, picture()) == edit(served, picture())
+        with ThreadPoolExecutor(1) as pool:
+            others_told = pool.submit(told_until_nobody_listens, str(server.url))
+            down(workdir)
+            told = others_told.result()
+        assert {answer.json().get("error", {}).get("code") for answer in told} <= {None, "stopping"}
+        assert told[-1].status_code == 503
     finally:
         down(workdir)
