@@ -188,6 +188,23 @@ class Job(_Answer):
     """Whether its end has been told, where that was asked for."""
 
 
+class JobList(_Answer):
+    """Some of a caller's jobs, the newest first, all of them without their images."""
+
+    object: Literal["list"] = "list"
+    data: list[Job]
+    first_id: str | None
+    last_id: str | None
+    """What the next ones come `after`."""
+    has_more: bool
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job], has_more: bool) -> JobList:
+        """The list that has these jobs."""
+        ends = (jobs[0].id, jobs[-1].id) if jobs else (None, None)
+        return cls(data=list(jobs), first_id=ends[0], last_id=ends[1], has_more=has_more)
+
+
 class WebhookSecret(_Answer):
     """What a caller's webhooks are signed with."""
 

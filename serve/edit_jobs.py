@@ -11,10 +11,11 @@ from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from fastapi import Path
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from insightedit.serve.answers import CompletedEvent, Job, WebhookSecret
+from insightedit.serve.answers import CompletedEvent, Job, JobList, JobStatus, WebhookSecret
 from insightedit.serve.crew import Crew
 from insightedit.serve.door import Access, caller_of
 from insightedit.serve.edits import EditService, Visit
@@ -28,7 +29,8 @@ from insightedit.serve.webhooks import Webhooks, shown
 
 logger = logging.getLogger(LOGGER)
 
-JobId = Annotated[str, Path(pattern="^[A-Za-z0-9][A-Za-z0-9._:~-]{0,127}$")]
+_ID = "^[A-Za-z0-9][A-Za-z0-9._:~-]{0,127}$"
+JobId = Annotated[str, Path(pattern=_ID)]
 RENEW_SECONDS = 1.0
 """How often a gateway looks whether the jobs that it does are still its own."""
 LONGEST_PAUSE = 30.0
@@ -36,6 +38,19 @@ LONGEST_PAUSE = 30.0
 MOST_LOSSES = 3
 """Gateways that may die over one job; it may be what they die of."""
 _PASSING = frozenset({429, 503})
+
+
+class JobQuery(BaseModel):
+    """Which of a caller's jobs are listed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    """How many at most."""
+    after: Annotated[str, Field(pattern=_ID)] | None = None
+    """Id of a job: only older ones, as of the last job of the list before."""
+    status: JobStatus | None = None
+    """Only those that have it."""
 
 
 class JobService:
@@ -105,6 +120,15 @@ class JobService:
             ApiError: 404, the caller has none of this id.
         """
         return await self._answered(await self._book.find(caller_of(request).name, job_id))
+
+    async def listed(self, request: Request, query: JobQuery) -> JobList:
+        """The caller's own jobs, the newest first, without their images.
+
+        Raises:
+            ApiError: 400 if the caller has no job that the list shall come after, 503 if the store is not to be had.
+        """
+        found, more = await self._book.newest(caller_of(request).name, query.limit, query.after, query.status)
+        return JobList.of([await self._book.answer(job, with_images=False) for job in found], more)
 
     async def cancel(self, request: Request, job_id: str) -> Job:
         """Cancel a job, unless it has ended.

@@ -23,11 +23,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from insightedit.platform.datasets.shapes_edits import sample_edit
 from insightedit.platform.datasets.shapes_world import render
-from insightedit.serve.answers import EVENTS_SCHEMA, ImagesResponse, Job, WebhookSecret, component_schemas, request_body
+from insightedit.serve.answers import (
+    EVENTS_SCHEMA,
+    ImagesResponse,
+    Job,
+    JobList,
+    WebhookSecret,
+    component_schemas,
+    request_body,
+)
 from insightedit.serve.backend import Backend
 from insightedit.serve.door import Access, Door, caller_of
 from insightedit.serve.draining import Draining, DrainLayer
-from insightedit.serve.edit_jobs import JobId, JobService
+from insightedit.serve.edit_jobs import JobId, JobQuery, JobService
 from insightedit.serve.edits import EditService
 from insightedit.serve.feedback import Feedback, FeedbackAnswer, FeedbackRequest
 from insightedit.serve.idempotency import KEY_PARAMETER
@@ -43,7 +51,8 @@ from insightedit.serve.uploads import encode_image
 logger = logging.getLogger(LOGGER)
 
 EDIT_PATH = "/v1/images/edits"
-JOB_PATH = EDIT_PATH + "/jobs/{job_id}"
+JOBS_PATH = EDIT_PATH + "/jobs"
+JOB_PATH = JOBS_PATH + "/{job_id}"
 PAGE = Path(__file__).parent / "page"
 # Nothing comes from another host; an image shown is one the user chose or got.
 CONTENT_POLICY = "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; form-action 'self'"
@@ -178,6 +187,10 @@ def _add_jobs(app: FastAPI, jobs: JobService) -> None:
     )
     async def create_image_edit_job(request: Request, job_id: JobId) -> Response:
         return await jobs.create(request, job_id)
+
+    @app.get(JOBS_PATH, responses=_ERRORS, summary="Your jobs, the newest first, without their images.")
+    async def list_image_edit_jobs(request: Request, query: Annotated[JobQuery, Query()]) -> JobList:
+        return await jobs.listed(request, query)
 
     @app.get(JOB_PATH, responses=_ERRORS, summary="How a job is, and its images.")
     async def get_image_edit_job(request: Request, job_id: JobId) -> Job:

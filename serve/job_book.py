@@ -1,9 +1,10 @@
 """Jobs as the gateways' shared store has them: edits that are done while nobody waits for them.
 
-A job is a record, the request that it was sent as until it has ended, a mark among those that are still open, and its
-images once they are made. The gateway that does it holds the record by a lease and renews it; when that gateway dies,
-the lease runs out and another one takes the job, with the seed and the version that are written down. A record is only
-changed as it was read last. So of two gateways that do a job, and of an end and a cancellation, one alone is heard.
+A job is a record, the request that it was sent as until it has ended, a mark among those that are still open, a line in
+its caller's list, and its images once they are made. The gateway that does it holds the record by a lease and renews
+it; when that gateway dies, the lease runs out and another one takes the job, with the seed and the version that are
+written down. A record is only changed as it was read last. So of two gateways that do a job, and of an end and a
+cancellation, one alone is heard.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from insightedit.serve.state_store import Clock, Entry, StateStore, StoreFullErr
 JOBS_PART = 0.8
 """Of the store that jobs may fill: what is left is for the seeds and versions of keys, and for changes of records."""
 _OPEN: frozenset[JobStatus] = frozenset({"queued", "in_progress"})
+_LINES = 1000
+"""Lines of a list that are read at a time where only those of one status count."""
 UNAVAILABLE = "Jobs are not to be had at present; send the request again."
 """What is said where the store is not."""
 
@@ -173,7 +176,8 @@ class JobBook:
             ApiError: 409 if the id is another job's, 429 where there is no room, 503 if the store is not to be had.
         """
         kept = Entry(_Request.of(request).model_dump_json().encode(), new.expires)
-        names = {f"job/{new.path}": new.entry(), f"job-request/{new.path}": kept, _mark(new): Entry(b"1", new.expires)}
+        marks = {name: Entry(b"1", new.expires) for name in (_mark(new), _line(new))}
+        names = {f"job/{new.path}": new.entry(), f"job-request/{new.path}": kept, **marks}
         with store_errors(UNAVAILABLE):
             while (found := await self.find(new.scope, new.id)) is None:
                 mine = await self._store.names(f"job-open/{new.scope}/", limit=self._limits.jobs)
@@ -198,6 +202,53 @@ class JobBook:
         with store_errors(UNAVAILABLE):
             value = await self._store.get(f"job/{path_of(scope, job_id)}")
         return None if value is None else JobRecord.read(value)
+
+    async def newest(
+        self, scope: str, limit: int, after: str | None = None, status: JobStatus | None = None
+    ) -> tuple[list[JobRecord], bool]:
+        """A caller's jobs, the newest first.
+
+        Args:
+            scope: whose.
+            limit: how many at most.
+            after: id of a job that all of them are older than.
+            status: of all of them; any without it.
+
+        Returns:
+            The jobs, and whether there are more.
+
+        Raises:
+            ApiError: 400 if the caller has no job `after`, 503 if the store is not to be had.
+        """
+        found: list[JobRecord] = []
+        with store_errors(UNAVAILABLE):
+            place = "" if after is None else await self._line_after(scope, after)
+            at_once = limit + 1 if status is None else _LINES
+            while lines := await self._store.names(f"job-list/{scope}/", after=place, limit=at_once):
+                for line in lines:
+                    job = await self._listed(line, status)
+                    found += [] if job is None else [job]
+                    if len(found) > limit:
+                        return found[:limit], True
+                place = lines[-1]
+        return found, False
+
+    async def _line_after(self, scope: str, job_id: str) -> str:
+        """Where in its caller's list those come that are older than a job."""
+        job = await self.find(scope, job_id)
+        if job is None:
+            message = f"after: there is no job {job_id}, or its time is over; begin the list anew."
+            raise ApiError(400, "invalid_value", message, "after")
+        return _line(job, "~")  # Whatever state it comes to.
+
+    async def _listed(self, line: str, status: JobStatus | None) -> JobRecord | None:
+        """The job of a line in a list, if it has a status and is still there."""
+        _, scope, _, digest, state = line.split("/")
+        if status is not None and state != _state(status):
+            return None
+        value = await self._store.get(f"job/{scope}/{digest}")
+        job = None if value is None else JobRecord.read(value)
+        return job if job is not None and status in (None, job.status) else None
 
     async def cancel(self, scope: str, job_id: str) -> tuple[JobRecord | None, bool]:
         """Cancel a job that has not ended. Who is doing it learns so when it renews its lease.
@@ -309,7 +360,8 @@ class JobBook:
             )
             for image in images
         }
-        others: dict[str, Entry | None] = {f"job-request/{job.path}": None, _mark(job): None, **files}
+        others: dict[str, Entry | None] = {f"job-request/{job.path}": None, _mark(job): None, _line(job): None, **files}
+        others[_line(job, _state(status))] = Entry(b"1", now + self._settings.job_seconds)
         after: dict[str, Any] = {
             "status": status,
             "ended": now,
@@ -382,3 +434,14 @@ def _mark(job: JobRecord) -> str:
     """The entry that says that a job is open; those of a caller come in the order of their jobs."""
     scope, digest = job.path.split("/")
     return f"job-open/{scope}/{job.created:017.6f}/{digest}"
+
+
+def _line(job: JobRecord, state: str = "open") -> str:
+    """The entry that is a job's line in its caller's list, the newest first; its state is `open`, or how it ended."""
+    scope, digest = job.path.split("/")
+    return f"job-list/{scope}/{10**16 - round(job.created * 1e6):016d}/{digest}/{state}"
+
+
+def _state(status: JobStatus) -> str:
+    """What a job's line says of it. It does not tell those that wait from those that are being done."""
+    return "open" if status in _OPEN else status

@@ -10,8 +10,10 @@ from typing import Any, Unpack
 from urllib.parse import quote
 
 from insightedit.platform.errors import InsightEditError
-from insightedit.serve.answers import Job, WebhookSecret
+from insightedit.serve.answers import Job, JobList, JobStatus, WebhookSecret
 from insightedit.serve.client import EditOptions, Patience, ask, files_of, form_of, parsed
+
+_JOBS = "/v1/images/edits/jobs"
 
 
 class JobClient:
@@ -67,6 +69,21 @@ class JobClient:
         """How a job is, with its images once it is completed."""
         return self._ask("GET", job_id)
 
+    def list_jobs(self, limit: int = 20, after: str | None = None, status: JobStatus | None = None) -> JobList:
+        """One's own jobs, the newest first, without their images.
+
+        Args:
+            limit: how many at most, up to 100.
+            after: id of a job that all of them are older than, as `last_id` of the list before.
+            status: of all of them; any without it.
+
+        Raises:
+            UsageError: also if there is no job `after`.
+        """
+        params = {"limit": limit, "after": after, "status": status}
+        given = {name: value for name, value in params.items() if value is not None}
+        return parsed(self._url, ask(self._url, "GET", _JOBS, self._patience, params=given), JobList)
+
     def cancel(self, job_id: str) -> Job:
         """Cancel a job that has not ended."""
         return self._ask("POST", job_id, "/cancel")
@@ -89,7 +106,7 @@ class JobClient:
         return parsed(self._url, ask(self._url, "GET", "/v1/webhooks/secret", self._patience), WebhookSecret).key
 
     def _ask(self, method: str, job_id: str, more: str = "", **body: Any) -> Job:
-        path = f"/v1/images/edits/jobs/{quote(job_id, safe='')}{more}"
+        path = f"{_JOBS}/{quote(job_id, safe='')}{more}"
         return parsed(self._url, ask(self._url, method, path, self._patience, **body), Job)
 
 

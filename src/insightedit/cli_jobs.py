@@ -1,4 +1,4 @@
-"""The commands about edits as jobs of a server: `insightedit edit-job submit | show | fetch | cancel`."""
+"""The commands about edits as jobs of a server: `insightedit edit-job submit | show | list | fetch | cancel`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from insightedit.console import Group, emit, json_option, open_workdir
 from insightedit.platform.errors import UsageError
 
 if TYPE_CHECKING:
-    from insightedit.serve.answers import Job
+    from insightedit.serve.answers import Job, JobList, JobStatus
     from insightedit.serve.job_client import JobClient
 
 
@@ -62,6 +62,20 @@ def show(job_id: str, server: str | None, as_json: bool) -> None:
     _report(_client(server).poll(job_id), as_json)
 
 
+@edit_job.command("list")
+@click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True, help="How many at most.")
+@click.option("--after", metavar="ID", help="Only those older than this job.")
+@click.option(
+    "--status", type=click.Choice(["queued", "in_progress", "completed", "failed", "cancelled"]), help="Only those."
+)
+@server_option
+@json_option
+def list_(limit: int, after: str | None, status: JobStatus | None, server: str | None, as_json: bool) -> None:
+    """List your jobs, the newest first."""
+    found = _client(server).list_jobs(limit, after, status)
+    emit(found.model_dump(exclude={"data": {"__all__": {"result"}}}), as_json, lambda: _lines(found))
+
+
 @edit_job.command()
 @click.argument("job_id", metavar="ID")
 @server_option
@@ -105,3 +119,12 @@ def _report(job: Job, as_json: bool) -> None:
 
 def _said(job: Job) -> Iterable[str]:
     yield f"{job.id}: {job.status.replace('_', ' ')}" + (f": {job.error.message}" if job.error else "")
+
+
+def _lines(jobs: JobList) -> Iterable[str]:
+    for job in jobs.data:
+        yield from _said(job)
+    if jobs.has_more:
+        yield f"There are more: --after {jobs.last_id}"
+    elif not jobs.data:
+        yield "There are none."
