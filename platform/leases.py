@@ -26,9 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
-
 from insightedit.platform.errors import UsageError
+from insightedit.platform.processes import began
 
 JOB_VARIABLE = "INSIGHTEDIT_JOB"
 """Environment variable with the name of the cluster's job that a process belongs to."""
@@ -52,6 +51,7 @@ class Owner:
     """A running kernel and the space of process ids in it: within one, `pid` says which process."""
     pid: int
     process_began: float
+    """In seconds since the machine began."""
     job: str
     """The job of the cluster; empty for a process that somebody started by hand."""
     config: str
@@ -66,7 +66,7 @@ class Owner:
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
-            process_began=psutil.Process().create_time(),
+            process_began=began(os.getpid()),
             job=os.environ.get(JOB_VARIABLE, ""),
             config=config,
             since=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,8 +80,8 @@ class Owner:
         if self.machine != _machine():
             return False
         try:
-            return psutil.Process(self.pid).create_time() != self.process_began
-        except psutil.NoSuchProcess:
+            return began(self.pid) != self.process_began
+        except ProcessLookupError:
             return True
 
     def __str__(self) -> str:

@@ -19,11 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import ray as untyped_ray
 from ray import serve as untyped_serve
 from ray.serve.exceptions import RayServeException
 
+from insightedit.platform.processes import began
 from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import ENVIRONMENT_VARIABLE, Workdir
 from insightedit.serve.applications import (
@@ -196,7 +196,7 @@ def main(plan_file: str) -> None:
         aliases=plan.aliases,
         pid=os.getpid(),
         stop_seconds=plan.settings.stop_seconds,
-        created=psutil.Process().create_time(),
+        began=began(os.getpid()),
         log=Path(plan_file).with_suffix(".log"),
     )
     write_state(workdir, state)

@@ -9,6 +9,7 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from insightedit.platform.processes import began
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.settings import ServeSettings
 
@@ -45,16 +46,16 @@ class ServeState(BaseModel):
     pid: int
     stop_seconds: float = 180.0
     """How long it may take to stop."""
-    created: float
-    """When the process began, in seconds since the epoch: tells it from a later one with the same number."""
+    began: float
+    """When the process did, in seconds since the machine did: tells it from a later one with the same number."""
     log: Path
 
     def process(self) -> psutil.Process | None:
         """The server's process, if it is alive."""
         try:
             process = psutil.Process(self.pid)
-            alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.created) < 1
-        except psutil.NoSuchProcess:
+            alive = process.status() != psutil.STATUS_ZOMBIE and began(self.pid) == self.began
+        except (psutil.NoSuchProcess, ProcessLookupError):
             return None
         return process if alive else None
 

@@ -97,6 +97,18 @@ def test_a_run_whose_process_was_killed_is_free_at_once(tmp_path: Path) -> None:
         assert lease.number == 2
 
 
+def test_an_owner_outlives_a_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    owner = claim(run, 60)
+    # The time of day at which the machine began moves with the clock, by a second whenever that is kept in step.
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1e9)
+    assert is_owned(run)
+    with pytest.raises(UsageError, match="is being trained by process"), claimed(run, "config"):
+        pass
+    owner.kill()
+    owner.wait()
+
+
 def test_an_owner_on_another_machine_is_known_by_its_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     owner = claim(run, 60)

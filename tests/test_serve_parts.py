@@ -10,10 +10,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from pydantic import ValidationError
 
+from insightedit.platform.processes import began
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.applications import gateway_application, single_version_table, version_application
 from insightedit.serve.backend import VersionEntry, VersionTable
@@ -77,7 +77,7 @@ def test_a_stuck_lane_says_so() -> None:
     asyncio.run(story())
 
 
-def test_state_of_a_dead_process_is_no_state(tmp_path: Path) -> None:
+def test_state_of_a_dead_process_is_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workdir = Workdir.open(tmp_path)
     assert read_state(workdir) is None
     alive = ServeState(
@@ -86,12 +86,15 @@ def test_state_of_a_dead_process_is_no_state(tmp_path: Path) -> None:
         model_version="1",
         aliases=(),
         pid=os.getpid(),
-        created=psutil.Process().create_time(),
+        began=began(os.getpid()),
         log=tmp_path / "log",
     )
     write_state(workdir, alive)
     assert read_state(workdir) == alive
-    write_state(workdir, alive.model_copy(update={"created": alive.created - 100}))
+    # A clock that is set moves the time of day at which everything seems to have begun.
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1e9)
+    assert read_state(workdir) == alive
+    write_state(workdir, alive.model_copy(update={"began": alive.began - 100}))
     assert read_state(workdir) is None
     workdir.serve_state.write_text("{broken")
     assert read_state(workdir) is None
