@@ -172,6 +172,10 @@ def _claim(run: Path, owner: Owner) -> Lease:
                 json.dump(asdict(owner), stream)
         except FileExistsError:
             continue  # Another one was quicker; it is alive.
+        if not mine.is_held():
+            # Others came, went and took its number away since it was looked for.
+            mine.path.unlink(missing_ok=True)
+            continue
         for number in _numbers(folder):
             if number < mine.number:
                 Lease(folder, number).path.unlink(missing_ok=True)

@@ -87,6 +87,25 @@ def test_a_run_that_was_given_back_is_free(tmp_path: Path) -> None:
         assert (owner.config, owner.released) == (f"config-{number}", True)
 
 
+def test_who_is_slow_gets_no_number_that_was_given_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with claimed(tmp_path, "first"):
+        pass
+    wait = leases._wait_until_free  # pyright: ignore[reportPrivateUsage]
+
+    def overtaken(lease: Lease, run: str) -> None:
+        wait(lease, run)
+        monkeypatch.setattr(leases, "_wait_until_free", wait)
+        for name in ("second", "third"):
+            with claimed(tmp_path, name):
+                pass
+
+    monkeypatch.setattr(leases, "_wait_until_free", overtaken)
+    with claimed(tmp_path, "slow") as lease:
+        assert lease.number == 4
+        assert lease.is_held()
+        assert [path.name for path in lease.folder.glob("*.json")] == ["000004.json"]
+
+
 def test_a_run_whose_process_was_killed_is_free_at_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     owner = claim(run, 60)
