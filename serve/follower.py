@@ -1,8 +1,8 @@
 """The server's part of a rollout: it goes after the audit log, and leads each new version in, or out again.
 
-One step after the other: read the log, look how far the version under way has come, write the table of versions for
-the gateways, take away what nobody needs. Each step can be done again, so that one which fails (the registry does not
-answer, say) is made up for by the next.
+One step after the other: read the log, look how far the version under way has come, take away what nobody needs, write
+the table of versions for the gateways, write down how rollouts have ended. Each part can be done again, so that one
+which fails (the registry does not answer, say) is made up for by the next step, and holds none of the others up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -40,6 +40,12 @@ STATE_TAG, FROM_TAG = "rollout", "rollout.from"
 UNDER_WAY = "under way"
 
 Loading = Literal["loading", "running", "failed"]
+
+
+def steady_clock() -> Callable[[], float]:
+    """A clock of seconds since the epoch, by the machine's clock of now: setting that later moves nobody's rollout."""
+    offset = time.time() - time.monotonic()
+    return lambda: time.monotonic() + offset
 
 
 class Fleet(Protocol):
@@ -80,7 +86,7 @@ class Place:
     """How long a request that knows an older table may still come to a version."""
     on_full: Callable[[str, tuple[str, ...]], None]
     """Is told of each version that takes all edits, and its aliases."""
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = field(default_factory=steady_clock)
 
 
 class Follower:
@@ -116,8 +122,10 @@ class Follower:
         """Versions that have had all edits."""
         self._seen = Evidence()
         self._entry = 0
-        self._recorded = True
-        """Whether the log knows that the last rollout was rolled back."""
+        self._unrecorded: list[Rollout] = []
+        """Rollouts that have ended, and of which that is not written down yet."""
+        self._going: set[str] = set()
+        """Applications that are to be taken away, and that no gateway is told of."""
         self._published = b""
 
     @property
@@ -135,22 +143,29 @@ class Follower:
             await asyncio.sleep(self._settings.poll_seconds)
 
     async def step(self) -> None:
-        """Look once at everything, and do what is to be done."""
-        entries = await asyncio.to_thread(self._place.registry.audit.entries)
-        champion = wanted_aliases(entries).get(CHAMPION)
-        if entries and entries[-1].number != self._entry and champion is not None:
-            await self._turn(champion, entries)
-        if self._rollout is not None and not self._rollout.over:
-            await self._advance(self._rollout)
-        if not self._recorded and self._rollout is not None:
-            await self._record(self._rollout)
-            self._recorded = True
-        await self._clear_away()
-        await self._publish()
+        """Look once at everything, and do what is to be done.
+
+        Raises:
+            ExceptionGroup: some of it has failed, and nothing else for that.
+        """
+        failures: list[Exception] = []
+        for part in (self._read_log, self._go_on, self._clear_away, self._publish, self._record_ends):
+            try:
+                await part()
+            except Exception as error:  # noqa: BLE001  (raised below)
+                failures.append(error)
+        if failures:
+            raise ExceptionGroup("parts of the step", failures)
 
     # -- what the log asks for -----------------------------------------------------------------------------------
 
-    async def _turn(self, champion: str, entries: Sequence[AuditEntry]) -> None:
+    async def _read_log(self) -> None:
+        entries = await asyncio.to_thread(self._place.registry.audit.entries)
+        champion = wanted_aliases(entries).get(CHAMPION)
+        if entries and entries[-1].number != self._entry and champion is not None:
+            self._turn(champion, entries)
+
+    def _turn(self, champion: str, entries: Sequence[AuditEntry]) -> None:
         """Go where the log points now."""
         last = entries[-1]
         self._entry = last.number
@@ -161,7 +176,7 @@ class Follower:
             self._stop_tasks()
             self._rollout = under_way.failed(f"version {champion} came instead", self._place.clock())
             self._leave(under_way.version)
-            await self._record(self._rollout)
+            self._unrecorded.append(self._rollout)
         if champion == self._served:
             return
         self._trusted = last.action == "rollback"
@@ -181,6 +196,7 @@ class Follower:
         registry = self._place.registry
         # A server that starts before this is over begins with the old version again.
         under_way = {STATE_TAG: UNDER_WAY, FROM_TAG: rollout.old}
+        self._unrecorded = [one for one in self._unrecorded if one.version != rollout.version]
         await asyncio.to_thread(registry.set_tags, rollout.version, under_way)
         try:
             folder = await asyncio.to_thread(registry.fetch, rollout.version)
@@ -193,6 +209,10 @@ class Follower:
         return rollout
 
     # -- the version under way -----------------------------------------------------------------------------------
+
+    async def _go_on(self) -> None:
+        if self._rollout is not None and not self._rollout.over:
+            await self._advance(self._rollout)
 
     async def _advance(self, rollout: Rollout) -> None:
         now = self._place.clock()
@@ -227,7 +247,8 @@ class Follower:
             return rollout
         if not self._warming.done():
             return rollout
-        reason, self._warming = self._warming.result(), None
+        warming, self._warming = self._warming, None
+        reason = warming.result()
         if reason is not None:
             return rollout.failed(reason, self._place.clock())
         after = rollout.seen(self._evidence, self._place.clock(), self._settings)
@@ -270,7 +291,11 @@ class Follower:
 
     async def _compare(self, prompt: str, source: Pixels, new: Pixels, old: Pixels) -> None:
         score = self._place.quality.score
-        scores = [await asyncio.to_thread(score, prompt, source, edit) for edit in (new, old)]
+        try:
+            scores = [await asyncio.to_thread(score, prompt, source, edit) for edit in (new, old)]
+        except Exception:  # Whatever it is, it is the judge's, and no version's.
+            logger.exception("two edits cannot be compared")
+            return
         if scores[0] is not None and scores[1] is not None:
             self._evidence += Evidence(pairs=((scores[0], scores[1]),))
 
@@ -305,7 +330,7 @@ class Follower:
         else:
             self._previous, self._previous_until = rollout.old, now + self._settings.keep_seconds
         self._stop_tasks()
-        self._recorded = False
+        self._unrecorded.append(self._rollout)
         self._place.on_full(self._served, self._aliases(self._served))
 
     def _give_up(self, rollout: Rollout, reason: str) -> None:
@@ -314,7 +339,12 @@ class Follower:
         self._stop_tasks()
         self._rollout = rollout.failed(reason, self._place.clock())
         self._leave(rollout.version, at_once=rollout.state == "loading")
-        self._recorded = False
+        self._unrecorded.append(self._rollout)
+
+    async def _record_ends(self) -> None:
+        while self._unrecorded:
+            await self._record(self._unrecorded[0])
+            del self._unrecorded[0]
 
     async def _record(self, rollout: Rollout) -> None:
         """Write down how a rollout has ended; in the log too, where the old version is the champion again by itself."""
@@ -345,10 +375,13 @@ class Follower:
             self._leave(self._previous)
             self._previous = None
         for version in [version for version, when in self._leaving.items() if now >= when]:
-            application = self._entries.pop(version).application
             del self._leaving[version]
+            self._going.add(self._entries.pop(version).application)
+        if self._going:
             await self._publish()
+        for application in sorted(self._going):
             await asyncio.to_thread(self._place.fleet.remove, application)
+            self._going.remove(application)
 
     # -- what gateways are told ----------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import pytest
 from insightedit.platform.audit import Action, AuditEntry, Change, ConflictError
 from insightedit.platform.errors import InsightEditError
 from insightedit.serve.backend import EditJob, EditOutcome, PartialTaker, VersionEntry, VersionInfo, VersionTable
-from insightedit.serve.follower import Follower, Loading, Place
+from insightedit.serve.follower import Follower, Loading, Place, steady_clock
 from insightedit.serve.quality import PixelQuality
 from insightedit.serve.rollout import Evidence, Tally
 from insightedit.serve.settings import RolloutSettings
@@ -348,7 +348,7 @@ def test_what_fails_for_a_moment_is_done_again(world: World) -> None:
         world.deploy = busy
         world.log.add("promote", "2")
         world.states["v2-2"] = ("running", "")
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ExceptionGroup):
             await world.steps(1)
         world.deploy = deploy
         await world.steps(4)
@@ -415,6 +415,80 @@ def test_a_registry_that_is_away_for_a_while(world: World) -> None:
         await world.promoted("2", 2)
 
     play(story())
+
+
+def test_a_bad_version_loses_its_share_though_the_registry_is_away(world: World) -> None:
+    async def story() -> None:
+        await world.promoted("2", 2)
+        await world.seen(BAD)
+        world.log.down = True
+        with pytest.raises(ExceptionGroup):
+            await world.steps(1)
+        assert (await world.published()).canary is None
+        world.log.down = False
+        await world.steps(1)
+        assert (world.log.entries[-1].action, world.log.tags) == ("rollback", {"2": "rolled back"})
+
+    play(story())
+
+
+def test_a_promotion_is_not_lost_over_the_one_before(world: World) -> None:
+    async def story() -> None:
+        await world.promoted("2", 2)
+        set_tags = world.log.set_tags
+
+        def once(version: str, tags: dict[str, str]) -> None:
+            world.log.set_tags = set_tags
+            raise InsightEditError("The registry does not answer.")
+
+        world.log.set_tags = once
+        world.log.add("promote", "3")
+        world.states["v3-3"] = ("running", "")
+        with pytest.raises(ExceptionGroup):
+            await world.steps(1)
+        await world.steps(4)
+        canary = world.told().canary
+        assert canary is not None
+        assert canary.version == "3"
+        assert world.log.tags == {"2": "rolled back", "3": "under way"}
+
+    play(story())
+
+
+def test_what_could_not_be_taken_away_is_taken_away_later(world: World) -> None:
+    async def story() -> None:
+        await world.promoted("2", 2)
+        await world.seen(BAD)
+        await world.steps(1)
+        remove = world.remove
+
+        def busy(application: str) -> None:
+            world.remove = remove
+            raise RuntimeError("Serve's controller does not answer")
+
+        world.remove = busy
+        with pytest.raises(ExceptionGroup):
+            await world.steps(1, seconds=DRAIN)
+        assert (world.loaded, world.told().others) == (["insightedit-v1", "v2-2"], {})
+        await world.steps(1)
+        assert world.loaded == ["insightedit-v1"]
+
+    play(story())
+
+
+def test_a_judge_that_fails_is_not_held_against_a_version(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> float:
+        raise RuntimeError("the judge's own trouble")
+
+    monkeypatch.setattr(PixelQuality, "score", fails)
+    play(world.promoted("2", 2))
+    assert len(world.log.entries) == 2
+
+
+def test_a_clock_that_is_set_moves_no_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, before = steady_clock(), time.time()
+    monkeypatch.setattr(time, "time", lambda: before + 10**6)
+    assert abs(clock() - before) < 60
 
 
 def test_the_version_before_can_be_promoted_again(world: World) -> None:
