@@ -33,7 +33,7 @@ logger = logging.getLogger(LOGGER)
 REFRESH_SECONDS = 0.25
 """How often a gateway looks for another table, and writes down what it has seen."""
 EVIDENCE_SECONDS = 3600.0
-"""How long what a gateway has seen is kept, from the last time that it wrote it."""
+"""How long what a gateway has seen is kept beyond the longest rollout, from the last time that it wrote it."""
 TABLE_SECONDS = 10 * 365 * 86400.0
 """How long a table holds: as long as its server, whose name is in its own."""
 SHADOWS_AT_ONCE = 2
@@ -261,7 +261,8 @@ class Trials:
         rollout, seen = self._backend.table.rollout, self._evidence
         if self._channel is None or rollout is None or seen == self._written:
             return
-        entry = Entry(seen.model_dump_json().encode(), time.time() + EVIDENCE_SECONDS)
+        end = time.time() + self._settings.max_seconds + EVIDENCE_SECONDS
+        entry = Entry(seen.model_dump_json().encode(), end)
         await self._store.change({}, {f"{self._channel.seen(rollout.entry)}{self._name}": entry})
         self._written = seen
 

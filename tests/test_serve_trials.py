@@ -130,6 +130,21 @@ def client(gateway: Gateway) -> Iterator[TestClient]:
         yield client
 
 
+def test_what_was_seen_is_kept_as_long_as_a_rollout_may_take(tmp_path: Path) -> None:
+    now = time.time()
+    store = SqliteStore(tmp_path / "state.db", 2**24, lambda: now)
+    trials = Trials(TwoVersions(), RolloutSettings(max_seconds=86_400), store, CHANNEL.name, Meters())
+
+    async def story() -> None:
+        nonlocal now
+        trials.failed(NEW)
+        await trials.refresh()
+        now += 80_000
+        assert len(await store.names(CHANNEL.seen(7))) == 1, "a gateway that saw nothing since"
+
+    asyncio.run(story())
+
+
 def shade(image: str) -> int:
     """10 by version 1, 240 by another."""
     return int(np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))[0, 0, 0])
