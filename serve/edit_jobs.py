@@ -182,7 +182,7 @@ class _Held:
             async with self._changing:
                 try:
                     renewed = await self._book.renew(self.job)
-                except StoreUnreachableError as error:
+                except (StoreUnreachableError, StoreFullError) as error:
                     # Another gateway may take it meanwhile. Then what is made here is not heard, and that is all.
                     logger.warning("the lease of a job cannot be renewed: %s", error)
                     continue
@@ -278,6 +278,10 @@ class JobRunner:
             return None
         except ApiError as refusal:
             error = refusal
+        except StoreUnreachableError as away:
+            # What becomes of that passes too: the images are made again, unless their end was written after all.
+            logger.warning("a job could not be done for want of the store: %s", away)
+            error = ApiError(503, "unavailable", UNAVAILABLE, retry_after=1)
         except StoreFullError:
             error = ApiError(
                 507, "no_room", "There was no room to keep the job's images; ask for fewer or smaller ones."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from insightedit.serve.job_book import OpenJob
 from insightedit.serve.keys import Allowance, KeyRing, KeyStore
 from insightedit.serve.schema import ApiError
 from insightedit.serve.settings import StateSettings
+from insightedit.serve.state_store import StoreFullError, StoreUnreachableError
 
 SETTINGS = StateSettings(lease_seconds=0.5)
 JOBS = f"{EDIT_PATH}/jobs"
@@ -300,6 +301,58 @@ def test_what_passes_is_tried_again(tmp_path: Path, status: int) -> None:
                 await asyncio.sleep(0.02)
         one.backend.failure = None
         assert (await one.until("completed"))["seed"] == one.backend.jobs[0].seed
+
+    run(story, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["job-request/", "job-image/"])
+def test_a_store_that_is_away_for_a_moment_fails_no_job(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(one: JobSite, other: JobSite) -> None:
+        get, change, left = one.store.get, one.store.change, [name]
+
+        def away(names: Iterable[str]) -> None:
+            if left and any(one.startswith(name) for one in names):
+                left.clear()
+                raise StoreUnreachableError("for a moment")
+
+        async def getting(name: str) -> bytes | None:
+            away([name])
+            return await get(name)
+
+        async def changing(expected: Any, writes: Any, part: float = 1.0) -> bool:
+            away(writes if name == "job-image/" else ())
+            return await change(expected, writes, part)
+
+        assert (await one.put(seed="7")).status_code == 202
+        monkeypatch.setattr(one.store, "get", getting)
+        monkeypatch.setattr(one.store, "change", changing)
+        await one.begin()
+        assert made(await one.until("completed")) == images(await one.post(None, seed="7"))
+        assert left == []
+
+    run(story, tmp_path, StateSettings(lease_seconds=60))
+
+
+def test_a_store_without_room_for_a_lease_takes_no_job_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(one: JobSite, other: JobSite) -> None:
+        await one.begin()
+        await one.hold()
+        change, full = one.store.change, asyncio.Event()
+
+        async def once(expected: Any, writes: Any, part: float = 1.0) -> bool:
+            if not full.is_set():
+                full.set()
+                raise StoreFullError("by one digit")
+            return await change(expected, writes, part)
+
+        monkeypatch.setattr(one.store, "change", once)
+        await asyncio.wait_for(full.wait(), 5)
+        await asyncio.sleep(0.05)
+        one.open()
+        await one.until("completed")
+        assert len(one.backend.jobs) == 1
 
     run(story, tmp_path)
 
