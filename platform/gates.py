@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from insightedit.platform.config import PromotionConfig
 from insightedit.platform.errors import UsageError
-from insightedit.platform.results import SCORES, CaseResult
+from insightedit.platform.results import SCORES, CaseResult, counted
 
 Vector = NDArray[np.float64]
 GateName = Literal["minimum", "judged", "better", "not-worse", "tasks", "latency"]
@@ -86,7 +86,7 @@ class Comparison:
 
 def score(result: CaseResult) -> float | None:
     """The VIEScore that counts for a case: 0 where the version made no edit, None where the judge gave no score."""
-    return 0.0 if result.failure.startswith("edit") else result.viescore
+    return counted(result, "viescore")
 
 
 def paired(version: Sequence[CaseResult], champion: Sequence[CaseResult]) -> Pairs:
@@ -223,7 +223,7 @@ def _minimum(name: str, least: float, results: Sequence[CaseResult]) -> Verdict:
 
 
 def _named(name: str, result: CaseResult) -> float | None:
-    return getattr(result, name) if name in SCORES else result.metrics.get(name)
+    return counted(result, name) if name in SCORES else result.metrics.get(name)
 
 
 def _judged(pairs: Pairs, config: PromotionConfig) -> Verdict:

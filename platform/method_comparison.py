@@ -10,7 +10,7 @@ from insightedit.platform.errors import InsightEditError
 from insightedit.platform.intervals import Estimate, estimate_over_seeds
 from insightedit.platform.methods import MEASURES, ComparisonConfig, QuestionConfig
 from insightedit.platform.metrics import METRICS
-from insightedit.platform.results import CaseResult
+from insightedit.platform.results import CaseResult, counted
 
 WORDINGS: Final = ("all", "simple", "advanced")
 Verdict = Literal["better", "worse", "not shown"]
@@ -41,7 +41,7 @@ class MethodFigures:
     by_seed: Mapping[str, Mapping[int, float]]
     """Means of all cases, by measure and seed."""
     failed: int
-    """Edits that could not be judged, over all seeds."""
+    """Edits that could not be made, whose scores count as 0, or not be judged; over all seeds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,12 +146,26 @@ def answers(config: ComparisonConfig, rows: Mapping[str, Rows]) -> list[Answer]:
         against = [name for name in question.against if name in rows]
         if question.method in rows and against:
             found = [
-                difference(rows, question.method, other, measure, question.wording)
+                difference(
+                    _paired(config, rows, question.method, other), question.method, other, measure, question.wording
+                )
                 for other in against
                 for measure in question.measures
             ]
             result.append(Answer(question=question, differences=[one for one in found if one is not None]))
     return result
+
+
+def _paired(config: ComparisonConfig, rows: Mapping[str, Rows], method: str, other: str) -> Mapping[str, Rows]:
+    """Two methods' results; of trainings those whose seeds both have, as long as some are pending.
+
+    One training beside several others would look like as many of its own.
+    """
+    pair = {name: rows[name] for name in (method, other)}
+    if not all(config.methods[name].is_trained for name in pair):
+        return pair
+    shared = [seed for seed in pair[method] if seed in pair[other]]
+    return {name: {seed: own[seed] for seed in shared} for name, own in pair.items()}
 
 
 def difference(rows: Mapping[str, Rows], method: str, other: str, measure: str, wording: str) -> Difference | None:
@@ -181,8 +195,8 @@ def difference(rows: Mapping[str, Rows], method: str, other: str, measure: str, 
 
 
 def value_of(row: CaseResult, measure: str) -> float | None:
-    """A score or metric of a case."""
-    return row.metrics.get(measure) if measure in METRICS else getattr(row, measure)
+    """A metric of a case, or a score as it counts."""
+    return row.metrics.get(measure) if measure in METRICS else counted(row, measure)
 
 
 def lower_is_better(measure: str) -> bool:

@@ -20,6 +20,7 @@ RESULTS_FILE: Final = "results.parquet"
 SCORES: Final = ("instruction_adherence", "non_overediting", "naturalness", "no_artifacts")
 """The four scores of a judge, integers from 0 to 5."""
 _METRIC: Final = "metric."
+_OF_EVERY_JUDGE: Final = ("viescore", "instruction_adherence", "non_overediting")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +56,17 @@ class CaseResult:
     """PSNR and the like by name; what could not be measured has no entry."""
     failure: str = ""
     """Why there is no score: one sentence, that begins with `edit` or `judge`. Empty for a case that was scored."""
+
+
+def counted(result: CaseResult, score: str) -> float | None:
+    """A score of a case as it counts in means and comparisons.
+
+    Whoever gives up on what is hard is no better than one that does it badly: where no edit was made, what every judge
+    gives counts as 0. None where there is no telling.
+    """
+    if score in _OF_EVERY_JUDGE and result.failure.startswith("edit"):
+        return 0.0
+    return getattr(result, score)
 
 
 def write_results(path: Path, results: Iterable[CaseResult]) -> None:

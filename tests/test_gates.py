@@ -109,6 +109,9 @@ def test_other_minimum_scores_can_be_asked_for() -> None:
     passed, followed, alike = decide(version, None, asked)
     assert (passed.passed, followed.passed, alike.passed) == (True, True, False)
     assert "its ssim is 0.900 on 80 cases, and a champion needs more than 0.950" in alike.found
+    given_up = [replace(one, instruction_adherence=None, failure="edit failed: black") for one in version[:40]]
+    followed = decide([*given_up, *version[40:]], None, asked)[1]
+    assert (followed.passed, followed.figures["instruction_adherence"]) == (False, 1.5)
     with pytest.raises(UsageError, match=r"has lpips for no case: .*promotion\.minimum"):
         decide(version, None, PromotionConfig(minimum={"lpips": 0.1}))
 
