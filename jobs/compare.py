@@ -37,6 +37,7 @@ from insightedit.platform.evaluation import (
     write_cases,
 )
 from insightedit.platform.judges.choosing import build_judge
+from insightedit.platform.manifests import sha256_file
 from insightedit.platform.method_comparison import MethodComparison, Trained, answers, method_figures
 from insightedit.platform.methods import ComparisonConfig, MethodConfig, method_config, samples_of
 from insightedit.platform.metrics import Meter
@@ -307,12 +308,10 @@ def _do(cell: Cell, config: RunConfig, workdir: Workdir, watchers: CompareWatche
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    """A sha256 over what tells a folder of weights from another: its configs, and names and sizes of its files."""
+    """A sha256 over a folder's files: weights that were trained further have the names and sizes of those before."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
+        digest.update(f"{path.relative_to(folder)}\0{sha256_file(path)}\0".encode())
     return digest.hexdigest()
 
 

@@ -25,7 +25,7 @@ from insightedit.platform.config import EvaluationConfig, RunConfig, load_preset
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.evaluation import Pixels, unit_range
 from insightedit.platform.intervals import estimate, estimate_over_seeds
-from insightedit.platform.method_comparison import Rows, answers, difference
+from insightedit.platform.method_comparison import Rows, Trained, answers, difference, method_figures
 from insightedit.platform.methods import ComparisonConfig, load_comparison, method_config, samples_of
 from insightedit.platform.results import CaseResult
 from insightedit.platform.trainer import StageResult
@@ -177,6 +177,35 @@ def test_paired_differences_find_what_single_intervals_cannot() -> None:
     assert difference(found, "a", "b", "ssim", "all") is None
     with pytest.raises(InsightEditError, match="judged on other cases"):
         difference({"a": found["a"], "b": rows([0.0], scenes=3)}, "a", "b", "viescore", "all")
+
+
+def test_edits_that_were_not_made_count_as_0() -> None:
+    """A method that makes none of the hard edits is not the better one for that."""
+    whole = rows([0.0])
+    hard = {row.case for row in whole[0] if (row.viescore or 0) < 0}
+    gives_up = [
+        replace(row, viescore=None, instruction_adherence=None, metrics={}, failure="edit failed: too long")
+        if row.case in hard
+        else replace(row, viescore=(row.viescore or 0) + 0.01)
+        for row in rows([1.0])[0]
+    ]
+    found = {"a": {0: gives_up}, "b": rows([1.0])}
+    told = difference(found, "a", "b", "viescore", "all")
+    assert told is not None
+    assert (told.verdict, told.estimate.cases) == ("worse", 80)
+    figures = method_figures(Trained(title="a", seeds=(0,)), found["a"])
+    assert figures.figures["instruction_adherence"]["all"].mean == pytest.approx(3 * (1 - len(hard) / 80))
+    assert figures.figures["psnr"]["all"].cases == 80 - len(hard)
+    assert "naturalness" not in figures.figures
+    assert figures.failed == len(hard)
+
+
+def test_a_training_is_not_taken_for_several(methods: ComparisonConfig) -> None:
+    """While others are pending, those with the same seeds are compared."""
+    everything = {"insightedit": rows([0.2, 0.21]), "smartedit": rows([0.0]), "copy": rows([0.0])}
+    (first, *_) = answers(methods, everything)
+    seeds = {one.against: one.estimate.seeds for one in first.differences}
+    assert seeds == {"copy": 2, "smartedit": 1}
 
 
 def test_seeds_that_disagree_show_nothing() -> None:
@@ -356,6 +385,15 @@ def test_how_long_it_would_take(config: RunConfig, methods: ComparisonConfig, tm
     assert planned["no-bim"].seconds == pytest.approx(60800 / 20)
     assert planned["copy"].seconds == 0
     assert planned["instructpix2pix"].steps == {2: 1900}
+
+
+def test_other_weights_of_the_same_size_are_another_folder(tmp_path: Path) -> None:
+    weights = tmp_path / "unet" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"before")
+    before = job._folder_fingerprint(tmp_path)  # pyright: ignore[reportPrivateUsage]
+    weights.write_bytes(b"after!")
+    assert job._folder_fingerprint(tmp_path) != before  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_folder_of_weights_is_one_more_method(config: RunConfig, methods: ComparisonConfig, tmp_path: Path) -> None:
