@@ -72,7 +72,7 @@ class Ticket:
     def displace(self, error: ApiError) -> None:
         """Give its place in the gateway to somebody else's request."""
         self.displaced = error
-        if self.reading is not None:
+        if self.reading is not None and not self.reading.expired():
             self.reading.reschedule(asyncio.get_running_loop().time())
         for waiter in self.waiting:
             if not waiter.done():
@@ -140,10 +140,13 @@ class Admission:
             ApiError: 429 if the caller has had its requests, or the gateway is full.
         """
         self._check_share(caller)
+        a_minute = caller.allowance.requests_per_minute if counts else None
+        if a_minute is not None:
+            # Before room is made: nobody's request gives way to one that is refused.
+            self._buckets.check((caller.name, "requests"), 1, a_minute)
         self._make_room(caller)
-        limits = caller.allowance
-        if counts and limits.requests_per_minute is not None:
-            self._buckets.take((caller.name, "requests"), 1, limits.requests_per_minute)
+        if a_minute is not None:
+            self._buckets.take((caller.name, "requests"), 1, a_minute)
         seconds = self._limits.edit_seconds
         ticket = Ticket(caller, asyncio.get_running_loop().time() + seconds, seconds)
         self._tickets.append(ticket)
@@ -229,7 +232,6 @@ class Admission:
             ApiError: 429 if somebody who has less here took the ticket's place.
         """
         await self._turn(ticket, cost)
-        ticket.begun = True
         try:
             yield
         finally:
@@ -269,6 +271,8 @@ class Admission:
             self._virtual = self._tag(name)
             self._given = {key: given for key, given in self._given.items() if given > self._virtual}
             self._given[name] = self._virtual + waiter.cost
+            # At once: it may be a moment until its task goes on.
+            waiter.ticket.begun = True
             waiter.turn.set_result(None)
 
     def _order(self, waiter: _Waiter) -> tuple[int, float, int]:
@@ -292,14 +296,23 @@ class _Buckets:
         Raises:
             ApiError: 429 when there is not that much in it, with the time until there is.
         """
+        self.check(name, amount, per_minute)
+        level, filled = self._levels[name]
+        self._levels[name] = level - amount, filled
+
+    def check(self, name: tuple[str, str], amount: float, per_minute: float) -> None:
+        """Fill a bucket, and look whether there is enough in it.
+
+        Raises:
+            ApiError: as `take`.
+        """
         now = self._clock()
         level, filled = self._levels.get(name, (per_minute, now))
         level = min(level + (now - filled) * per_minute / 60, per_minute)
+        self._levels[name] = level, now
         if amount > level:
-            self._levels[name] = level, now
             seconds = math.ceil((amount - level) * 60 / per_minute)
             message = (
                 f"This API key's {name[1]} of {per_minute:g} a minute are used up; try again in {seconds} seconds."
             )
             raise ApiError(429, "rate_limit_exceeded", message, retry_after=seconds)
-        self._levels[name] = level - amount, now

@@ -231,6 +231,70 @@ def test_a_deadline_counts_from_the_arrival() -> None:
     story(tell)
 
 
+def test_nobody_gives_way_to_a_request_that_is_refused() -> None:
+    async def tell(admission: Admission) -> None:
+        crowd = Crowd(admission)
+        late = caller("late", requests_per_minute=1)
+        with admission.admitted(late):
+            pass
+        await crowd.send(caller("flood"), 8)
+        with pytest.raises(ApiError, match="are used up"), admission.admitted(late):
+            pass
+        await asyncio.sleep(0.01)
+        assert crowd.refused == []
+        await crowd.end()
+
+    story(tell)
+
+
+def test_who_has_just_got_a_place_is_finished() -> None:
+    """Also where its task has not gone on since: all images of a request are made, or none is begun."""
+
+    async def tell(admission: Admission) -> None:
+        done: list[int] = []
+        go = asyncio.Event()
+
+        async def request(images: int) -> None:
+            with admission.admitted(caller("flood")) as ticket:
+                for _ in range(images):
+                    async with admission.place(ticket, 1):
+                        await go.wait()
+                        done.append(images)
+
+        with admission.admitted(caller("other")) as ticket:
+            async with admission.place(ticket, 1):
+                tasks = [asyncio.ensure_future(request(images)) for images in (1, 2)]
+                await asyncio.sleep(0.01)
+            with pytest.raises(ApiError, match="at its limit") as error, admission.admitted(caller("third")):
+                pass
+            assert error.value.status == 429
+            go.set()
+            await asyncio.gather(*tasks)
+        assert sorted(done) == [1, 2, 2]
+
+    story(tell, LIMITS.model_copy(update={"in_flight": 3, "places": 2}))
+
+
+def test_a_body_that_is_given_up_already_can_be_displaced() -> None:
+    async def tell(admission: Admission) -> None:
+        async def body(ticket: Ticket) -> None:
+            async with admission.reading(ticket):
+                await asyncio.sleep(60)
+
+        with admission.admitted(caller("flood")) as ticket:
+            reading = asyncio.ensure_future(body(ticket))
+            await asyncio.sleep(0)
+            while ticket.reading is not None and not ticket.reading.expired():
+                await asyncio.sleep(0)
+            # Its task has not gone on since.
+            assert not reading.done()
+            ticket.displace(ApiError(429, "overloaded", "x"))
+            with pytest.raises(ApiError, match="x"):
+                await reading
+
+    story(tell)
+
+
 def test_requests_a_minute() -> None:
     async def tell(admission: Admission) -> None:
         who = caller("a", requests_per_minute=3)
