@@ -27,6 +27,9 @@ MOST_CHARACTERS = 2048
 _PORTS = {"http": 80, "https": 443}
 # Addresses of IPv4 inside those of IPv6: a translator on the way would take them out again.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_GLOBAL = ipaddress.IPv6Network("2000::/3")
+"""All of IPv6 that the public internet has. The rest is for networks of one's own, with their translators to IPv4, or
+for nobody yet."""
 
 
 class RefusedAddressError(InsightEditError):
@@ -191,6 +194,8 @@ def _may_be_reached(address: Address, allowed: Destinations) -> bool:
     inner = _inner(address)
     if inner is not None:
         return _may_be_reached(inner, allowed)
+    if isinstance(address, ipaddress.IPv6Address) and address not in _GLOBAL:
+        return False
     return address.is_global and not address.is_multicast
 
 
