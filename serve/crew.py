@@ -77,9 +77,19 @@ class Crew:
         for path in await self._waiting():
             if len(self._tasks) >= self._most:
                 return
-            if path not in self._tasks and (job := await self._take(path)) is not None:
+            if path not in self._tasks and (job := await self._taken(path)) is not None:
                 self._tasks[path] = asyncio.ensure_future(self._do(job))
                 self._tasks[path].add_done_callback(partial(self._forget, path))
+
+    async def _taken(self, path: str) -> JobRecord | None:
+        try:
+            return await self._take(path)
+        except (StoreUnreachableError, StoreFullError):
+            raise
+        except Exception as error:  # noqa: BLE001
+            # One that cannot be read, of another release say, must not keep all others waiting.
+            logger.error("%s cannot be taken: %s", path, type(error).__name__)
+            return None
 
     def _forget(self, path: str, task: asyncio.Future[None]) -> None:
         del self._tasks[path]

@@ -26,7 +26,7 @@ from insightedit.serve.job_book import OpenJob
 from insightedit.serve.keys import Allowance, KeyRing, KeyStore
 from insightedit.serve.schema import ApiError
 from insightedit.serve.settings import StateSettings
-from insightedit.serve.state_store import StoreFullError, StoreUnreachableError
+from insightedit.serve.state_store import Entry, StoreFullError, StoreUnreachableError
 
 SETTINGS = StateSettings(lease_seconds=0.5)
 JOBS = f"{EDIT_PATH}/jobs"
@@ -213,6 +213,18 @@ def test_a_gateway_that_stops_hands_its_jobs_over_at_once(tmp_path: Path) -> Non
         assert (await other.until("completed"))["seed"] == one.backend.jobs[0].seed
 
     run(story, tmp_path, StateSettings(lease_seconds=60))
+
+
+def test_a_record_that_cannot_be_read_holds_no_other_up(tmp_path: Path) -> None:
+    async def story(one: JobSite, other: JobSite) -> None:
+        await one.put("broken")
+        (name,) = await one.store.names("job/")
+        await one.store.change({}, {name: Entry(b'{"status": "of another release"}', time.time() + 60)})
+        await one.put("two")
+        await one.begin()
+        await one.until("completed", "two")
+
+    run(story, tmp_path)
 
 
 def test_a_job_that_gateways_die_of_is_given_up(tmp_path: Path) -> None:
