@@ -14,6 +14,7 @@ import re
 import socket
 import ssl
 from collections.abc import AsyncGenerator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 
@@ -24,6 +25,8 @@ from insightedit.serve.settings import ORIGIN, Destinations
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 MOST_CHARACTERS = 2048
+_LOOKUPS = ThreadPoolExecutor(8, "lookup")
+"""Threads of their own: names whose servers never answer must not take those that all other work needs."""
 _PORTS = {"http": 80, "https": 443}
 # Addresses of IPv4 inside those of IPv6: a translator on the way would take them out again.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -177,9 +180,9 @@ async def _resolved(url: httpx.URL, allowed: Destinations) -> list[Address]:
     Whether there is no such name or a forbidden one is not told: that would let callers look around in the network.
     """
     refused = RefusedAddressError(f"{_origin(url)[:200]} has no address that this server may reach.")
-    loop = asyncio.get_running_loop()
+    lookup = functools.partial(socket.getaddrinfo, url.raw_host.decode("ascii"), url.port, type=socket.SOCK_STREAM)
     try:
-        rows = await loop.getaddrinfo(url.raw_host.decode("ascii"), url.port, type=socket.SOCK_STREAM)
+        rows = await asyncio.get_running_loop().run_in_executor(_LOOKUPS, lookup)
     except (OSError, UnicodeError):
         raise refused from None
     found = [ipaddress.ip_address(row[4][0]) for row in rows]

@@ -121,6 +121,29 @@ def test_it_fetches_and_delivers_where_it_may(server: Server) -> None:
     assert (sent[0], sent[2]["webhook-id"], sent[3]) == ("POST", "1", b"content")
 
 
+def test_names_that_are_not_answered_hold_nothing_else_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def silent(*_: Any, **__: Any) -> Any:
+        answered.wait(20)
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+
+    async def story() -> None:
+        allowed = Destinations(origins=("https://*",))
+        asked = [asyncio.ensure_future(fetch(f"https://{number}.example.com/a", allowed, 100)) for number in range(64)]
+        await asyncio.sleep(0.1)
+        try:
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: "work"), 5) == "work"
+        finally:
+            answered.set()
+            found = await asyncio.gather(*asked, return_exceptions=True)
+        assert {type(one) for one in found} == {RefusedAddressError}
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize(
     ("origins", "good", "bad"),
     [
