@@ -248,7 +248,8 @@ class AuditLog:
             # A version that was deleted took its aliases with it; only a rollback or a promotion helps.
             if aliases.get(alias) != version and (version is None or self._exists(version)):
                 self._move(alias, version)
-        if wanted and aliases.get(CHALLENGER) == wanted[CHAMPION]:
+        # Looked up anew: a training may have ended meanwhile, whose version is the challenger now.
+        if wanted and self._aliases().get(CHALLENGER) == wanted[CHAMPION]:
             self._move(CHALLENGER, None)
 
     def _move(self, alias: str, version: str | None) -> None:

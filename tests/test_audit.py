@@ -70,6 +70,20 @@ def test_an_entry_says_who_when_from_to_and_why(registry: Registry) -> None:
         registry.promote("9")
 
 
+def test_a_challenger_that_comes_during_a_promotion_stays_it(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = registry.client.set_registered_model_alias
+
+    def meanwhile(name: str, alias: str, version: str) -> None:
+        move(name, alias, version)
+        move(name, "challenger", "3")
+
+    monkeypatch.setattr(registry.client, "set_registered_model_alias", meanwhile)
+    registry.promote("4")
+    assert aliases(registry) == {"champion": "4", "challenger": "3"}
+
+
 def test_of_two_who_saw_the_same_entry_the_first_counts(log: AuditLog) -> None:
     first = log.append(change("1"), expected=0)
     with pytest.raises(ConflictError, match=r"Version 2 did not become champion: ann came first, .* to version 1"):
