@@ -257,7 +257,8 @@ def build_app(
             yield
 
     # FastAPI's documentation pages load scripts from another host; /openapi.json stays.
-    app = _Application(title="InsightEdit", docs_url=None, redoc_url=None, lifespan=lifespan)
+    # A redirection from a path with a slash too many would have its body sent twice.
+    app = _Application(title="InsightEdit", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     if draining is not None:
         app.add_middleware(DrainLayer, draining=draining)
     if access is not None:

@@ -334,7 +334,8 @@ def jobs() -> Iterator[tuple[str, Hostile]]:
     yield "another method", Hostile(method="DELETE", path=jobs + "a", content_type=None)
     yield "a form where a body has no place", Hostile(path=jobs + "a/cancel", body=form())
     yield "unknown id", Hostile(method="GET", path=jobs + "a", content_type=None)
-    yield "list of all", Hostile(method="GET", path=jobs[:-1], content_type=None)
+    for query in ("limit=1000000", "after=../a", "after=%00", "status=*", "scope=another", "limit=1&limit=x"):
+        yield f"list {query}", Hostile(method="GET", path=f"{jobs[:-1]}?{query}", content_type=None)
     yield "list by pattern", Hostile(method="GET", path=jobs + "*", content_type=None)
 
 

@@ -143,6 +143,14 @@ def test_a_wrong_parameter_is_named(tmp_path: Path, name: str, value: str) -> No
     run(story, tmp_path)
 
 
+def test_a_path_with_a_slash_too_many_is_none(tmp_path: Path) -> None:
+    async def story(one: JobSite, other: JobSite) -> None:
+        for method in ("GET", "PUT"):
+            assert code(await one.client.request(method, f"{JOBS}/"), 404) == "not_found"
+
+    run(story, tmp_path)
+
+
 def test_jobs_leave_the_list_with_their_time_and_a_cursor_among_them_says_so(tmp_path: Path) -> None:
     clock = Clock()
 
