@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -38,7 +39,10 @@ from insightedit.platform.workdir import Workdir
 from insightedit.serve.client import Patience, edit_over_http, served_url
 from insightedit.serve.deployment import ServeStatus, down, status, up
 from insightedit.serve.follower import FROM_TAG, STATE_TAG, UNDER_WAY
+from insightedit.serve.job_book import JobBook, JobRecord
+from insightedit.serve.job_client import JobClient
 from insightedit.serve.settings import ServeSettings, read_settings
+from insightedit.serve.state_store import open_store
 
 pytestmark = pytest.mark.timeout(300)
 # Whether a version is slower is for the tests on a quiet machine.
@@ -357,6 +361,15 @@ def test_a_server_that_does_not_come_up_shows_its_log(served: Served, tmp_path: 
     assert status(other).state == "down"
 
 
+async def kept_job(workdir: Workdir, job_id: str) -> JobRecord:
+    settings = ServeSettings()
+    store = open_store(None, workdir.root / "state.db", settings.state.bytes)
+    found = await JobBook(store, settings.state, settings.limits).find("", job_id)
+    await store.close()
+    assert found is not None
+    return found
+
+
 def told_until_nobody_listens(url: str) -> list[httpx.Response]:
     """What somebody is told who goes on asking for edits until the server is gone."""
     told: list[httpx.Response] = []
@@ -383,6 +396,10 @@ def test_down_finishes_what_is_in_hand_and_leaves_nothing(served: Served) -> Non
     worker.start()
     while "insightedit_edit_in_flight 1.0" not in httpx.get(f"{served_url(served.workdir)}/metrics").text:
         time.sleep(0.05)
+    jobs = JobClient(served_url(served.workdir))
+    jobs.submit(png(picture()), PROMPT, job_id="stopped", n=10, num_inference_steps=200)
+    while jobs.poll("stopped").status == "queued":
+        time.sleep(0.05)
     with ThreadPoolExecutor(1) as pool:
         others_told = pool.submit(told_until_nobody_listens, str(served.status.url))
         assert down(served.workdir).state == "down"
@@ -395,6 +412,9 @@ def test_down_finishes_what_is_in_hand_and_leaves_nothing(served: Served) -> Non
     assert {answer.json()["error"]["code"] for answer in refused} == {"stopping"}
     assert {answer.headers["retry-after"] for answer in refused} == {"2"}
     assert told[-1] in refused
+    left = asyncio.run(kept_job(served.workdir, "stopped"))
+    assert left.owner == "", "the next server would wait for this one's lease"
+    assert left.status == "queued"
     assert not [process for process in processes if process.is_running()]
     assert status(served.workdir).state == "down"
     with pytest.raises(httpx.ConnectError):
