@@ -41,7 +41,8 @@ class Draining:
         """
         method = scope["method"]
         if self._begun and (method, scope["path"]) in _REFUSED:
-            self._meters.rejected.labels("stopping").inc()
+            if method == "POST":
+                self._meters.rejected.labels("stopping").inc()
             message = "The server is being stopped and takes no more edits; send the request again when it is back."
             raise ApiError(503, "stopping", message, retry_after=self._limits.retry_after)
         counts = method not in {"GET", "HEAD"}

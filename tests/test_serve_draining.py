@@ -26,13 +26,18 @@ def backend() -> InvertingBackend:
 
 
 @pytest.fixture
-def draining() -> Draining:
-    return Draining(LIMITS, Meters())
+def meters() -> Meters:
+    return Meters()
 
 
 @pytest.fixture
-def client(backend: InvertingBackend, draining: Draining) -> Iterator[TestClient]:
-    with TestClient(build_app(backend, LIMITS, Meters(), draining=draining)) as client:
+def draining(meters: Meters) -> Draining:
+    return Draining(LIMITS, meters)
+
+
+@pytest.fixture
+def client(backend: InvertingBackend, draining: Draining, meters: Meters) -> Iterator[TestClient]:
+    with TestClient(build_app(backend, LIMITS, meters, draining=draining)) as client:
         yield client
 
 
@@ -51,6 +56,7 @@ def test_new_edits_are_refused_and_the_rest_is_answered(client: TestClient, drai
     assert draining.begin() == 0
     assert refusal(post(client)) == "stopping"
     assert refusal(client.get("/readyz")) == "stopping"
+    assert 'insightedit_edit_rejected_total{reason="stopping"} 1.0' in client.get("/metrics").text
     assert {client.get(path).status_code for path in ("/livez", "/", "/v1/models")} == {200}
     job = f"{EDIT_PATH}/jobs/a"
     assert client.get(job).status_code == 404
