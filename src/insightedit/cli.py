@@ -473,7 +473,8 @@ def _show_server(status: Any) -> Iterable[str]:
     if status.url is None:
         yield "No server is up."
         return
-    yield f"{status.state}: {status.url} serves version {status.model_version} ({', '.join(status.aliases) or '-'})"
+    verb = {"planned": "would serve", "down": "served"}.get(status.state, "serves")
+    yield f"{status.state}: {status.url} {verb} version {status.model_version} ({', '.join(status.aliases) or '-'})"
     if status.state == "up":
         yield f"{'answers' if status.ready else 'does not answer'}; process {status.pid}, log {status.log}"
     for one in status.fleet.deployments if status.fleet else ():
