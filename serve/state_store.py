@@ -199,7 +199,7 @@ class SqliteStore:
 def _reaching() -> Generator[None]:
     try:
         yield
-    except sqlite3.OperationalError as error:  # Locked for too long, or its disk is full or gone.
+    except sqlite3.DatabaseError as error:  # Locked for too long or damaged, or its disk is full or gone.
         raise StoreUnreachableError(f"The store's file cannot be used: {error}.") from None
 
 

@@ -218,7 +218,11 @@ class Trials:
     async def _refresh_for_ever(self) -> None:
         while True:
             await asyncio.sleep(REFRESH_SECONDS)
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:
+                # Who stops following would send edits to versions that are gone.
+                logger.exception("the table of versions cannot be followed")
 
     async def refresh(self) -> None:
         """Take the store's table, if it is another one, and write down what was seen since the last time."""

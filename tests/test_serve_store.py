@@ -84,6 +84,25 @@ def entry(value: bytes, expires: float = 2000.0) -> Entry:
     return Entry(value, expires)
 
 
+def test_a_damaged_file_is_a_store_that_is_not_to_be_had(tmp_path: Path) -> None:
+    file = tmp_path / "state.db"
+
+    async def story() -> None:
+        store = SqliteStore(file, 2**24)
+        for number in range(40):
+            await store.change({}, {f"a{number:02}": Entry(bytes(3000), 10**11)})
+        await store.close()
+        content = file.read_bytes()
+        file.write_bytes(content[: 4 * 4096] + b"\xff" * (len(content) - 4 * 4096))
+        store = SqliteStore(file, 2**24)
+        for work in (store.get("a30"), store.names("a"), store.change({}, {"a30": None})):
+            with pytest.raises(StoreUnreachableError, match="malformed"):
+                await work
+        await store.close()
+
+    asyncio.run(story())
+
+
 def test_a_change_is_seen_by_everybody_and_made_only_as_expected(opened: Opener) -> None:
     async def story() -> None:
         clock = Clock()

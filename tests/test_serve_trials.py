@@ -130,6 +130,35 @@ def client(gateway: Gateway) -> Iterator[TestClient]:
         yield client
 
 
+def test_a_gateway_goes_on_following_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TwoVersions()
+    store = SqliteStore(tmp_path / "state.db", 2**24)
+    trials = Trials(backend, RolloutSettings(), store, CHANNEL.name, Meters())
+    get, fails = store.get, [False]
+
+    async def getting(name: str) -> bytes | None:
+        if fails.pop():
+            raise RuntimeError("unforeseen")
+        fails.append(False)
+        return await get(name)
+
+    monkeypatch.setattr(store, "get", getting)
+
+    async def story() -> None:
+        async with trials.following():
+            fails[0] = True
+            await asyncio.sleep(2 * REFRESH_SECONDS)
+            assert fails == []
+            fails.append(False)
+            entry = Entry(table(entry=8).model_dump_json().encode(), 10**11)
+            await store.change({}, {CHANNEL.table: entry})
+            await asyncio.sleep(3 * REFRESH_SECONDS)
+            assert backend.table.rollout is not None
+            assert backend.table.rollout.entry == 8
+
+    asyncio.run(story())
+
+
 def test_what_was_seen_is_kept_as_long_as_a_rollout_may_take(tmp_path: Path) -> None:
     now = time.time()
     store = SqliteStore(tmp_path / "state.db", 2**24, lambda: now)
