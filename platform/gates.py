@@ -11,6 +11,7 @@ for many scenes where only the means are equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -76,7 +77,7 @@ class Comparison:
 
     gain: float
     low: float
-    """Of the 95% interval, from the spread of scenes; likewise `high`."""
+    """Of the 95% interval, from the spread of scenes, within -1 and 1; likewise `high`."""
     high: float
     p: float
     """Of the one-sided test that the gain is above a bound."""
@@ -122,16 +123,29 @@ def compare(pairs: Pairs, bound: float = 0.0, sign: int = 1) -> Comparison:
     sums = _totals(scenes, sign * pairs.gains - bound)
     gain = float(pairs.gains.mean())
     # The mean is over cases, so a scene's share in it is the sum over its cases.
-    own = _totals(scenes, pairs.gains - gain)
-    spread = 1.96 * float(np.sqrt((own**2).sum())) / len(pairs.gains)
+    spread = _spread(_totals(scenes, pairs.gains - gain)) / len(pairs.gains)
     return Comparison(
         gain=gain,
-        low=gain - spread,
-        high=gain + spread,
+        low=max(gain - spread, -1.0),
+        high=min(gain + spread, 1.0),
         p=float(sign_flip_p(sums)),
         cases=len(pairs.gains),
         scenes=len(numbers),
     )
+
+
+def _spread(own: Vector) -> float:
+    """Half the width of the 95% interval of a sum over scenes, by Student's t, as a task may have few of them.
+
+    Args:
+        own: (S,) each scene's deviation; one alone says nothing of its spread.
+    """
+    from scipy.special import stdtrit  # noqa: PLC0415 - half a second, which every command would take
+
+    count = len(own)
+    if count == 1:
+        return math.inf
+    return float(stdtrit(count - 1, 0.975) * np.sqrt((own**2).sum() * count / (count - 1)))
 
 
 def _totals(scenes: NDArray[np.intp], values: Vector) -> Vector:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from insightedit.platform.config import PromotionConfig
 from insightedit.platform.errors import UsageError
-from insightedit.platform.gates import Verdict, compare, decide, latency_gate, paired, sign_flip_p
+from insightedit.platform.gates import Pairs, Verdict, compare, decide, latency_gate, paired, sign_flip_p
 from insightedit.platform.results import CaseResult
 
 GATE = PromotionConfig()
@@ -50,6 +50,20 @@ def test_a_scene_counts_once_however_many_cases_it_has() -> None:
     assert (tested.cases, tested.scenes) == (10, 1)
     assert tested.gain == pytest.approx(0.4)
     assert tested.p == pytest.approx(0.5, abs=0.05)
+    assert (tested.low, tested.high) == (-1, 1)
+
+
+@pytest.mark.parametrize("scenes", [2, 3, 5, 20])
+def test_intervals_hold_the_truth_also_of_few_scenes(scenes: int) -> None:
+    rng = np.random.default_rng(scenes)
+    held = 0
+    for _ in range(400):
+        gains = (rng.normal(0, 0.02, (scenes, 1)) + rng.normal(0, 0.01, (scenes, 2))).ravel()
+        names = tuple(map(str, range(len(gains))))
+        numbers = np.repeat(np.arange(scenes), 2)
+        tested = compare(Pairs(cases=names, scenes=numbers, tasks=("",) * len(names), gains=gains, unjudged=0))
+        held += tested.low <= 0 <= tested.high
+    assert 0.92 * 400 <= held <= 0.98 * 400
 
 
 def test_a_better_version_passes_and_an_equal_one_does_not() -> None:
