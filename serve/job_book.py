@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from insightedit.serve.answers import CompletedEvent, ImagesResponse, Job, JobStatus, WebhookStatus
 from insightedit.serve.forms import EditRequest, Upload
@@ -247,7 +247,10 @@ class JobBook:
         if status is not None and state != _state(status):
             return None
         value = await self._store.get(f"job/{scope}/{digest}")
-        job = None if value is None else JobRecord.read(value)
+        try:
+            job = None if value is None else JobRecord.read(value)
+        except ValidationError:
+            return None  # Of another release, say; it must not keep all others from being listed.
         return job if job is not None and status in (None, job.status) else None
 
     async def cancel(self, scope: str, job_id: str) -> tuple[JobRecord | None, bool]:

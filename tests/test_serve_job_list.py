@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from insightedit.serve.job_client import JobClient
 from insightedit.serve.keys import Allowance, KeyRing, KeyStore
 from insightedit.serve.schema import EditFields
 from insightedit.serve.settings import StateSettings
+from insightedit.serve.state_store import Entry
 
 __all__ = ["opened", "redis_url"]
 
@@ -169,6 +171,18 @@ def test_jobs_leave_the_list_with_their_time_and_a_cursor_among_them_says_so(tmp
         assert await one.store.names("") == []
 
     run(story, tmp_path, SETTINGS, clock)
+
+
+def test_a_job_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> None:
+    async def story(one: JobSite, other: JobSite) -> None:
+        for name in ("first", "broken", "last"):
+            await one.put(name)
+        record = f"job/{job_book.path_of('', 'broken')}"
+        await one.store.change({}, {record: Entry(b"{}", time.time() + 100)})
+        assert await ids(other) == ["last", "first"]
+        assert await ids(other, status="queued") == ["last", "first"]
+
+    run(story, tmp_path)
 
 
 def test_without_the_store_there_is_no_list(tmp_path: Path) -> None:
