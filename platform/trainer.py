@@ -346,8 +346,9 @@ def _watched(path: Path, callback: Callable[[Progress], None] | None) -> Generat
     stop = threading.Event()
 
     def watch() -> None:
-        seen = ""
-        while not stop.wait(_PROGRESS_SECONDS):
+        seen, ended = "", False
+        while not ended:
+            ended = stop.wait(_PROGRESS_SECONDS)  # Then once more: the last news is that it is done.
             text = path.read_text(encoding="utf-8") if path.is_file() else ""
             if callback is not None and text and text != seen:
                 seen = text

@@ -23,6 +23,7 @@ from insightedit.model.encoders import to_pixels
 from insightedit.model.losses import LossTerm
 from insightedit.model.pipeline import load_pipeline
 from insightedit.model.stages import STAGES
+from insightedit.platform import trainer
 from insightedit.platform.capacity import NoRoomError
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import CheckpointsConfig, RunConfig, StageConfig, load_preset
@@ -184,6 +185,15 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, ray_cluster: None) -> N
     changed = toy.toy_config({**stages, 1: {"steps": 10}}, max_failures=1)
     with pytest.raises(UsageError, match="finished stage 1 with another config"):
         train_stages(plan(tmp_path, changed, "whole"))
+
+
+def test_the_last_news_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_PROGRESS_SECONDS", 60.0)
+    path, told = tmp_path / "progress.json", list[Progress]()
+    news = Progress(stage=1, step=12, steps=12, losses={}, samples_per_second=1.0, goodput=1.0)
+    with trainer._watched(path, told.append):  # pyright: ignore[reportPrivateUsage]
+        trainer.write_json(path, dataclasses.asdict(news))
+    assert told == [news]
 
 
 def test_an_unknown_storage_is_told_before_anything_starts(tmp_path: Path) -> None:
