@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from insightedit.jobs.dry_run import GIB, dry_run
 from insightedit.model.attention import use_plain_attention
 from insightedit.model.outline import outline_batch
+from insightedit.model.precision import multiplies_bf16
 from insightedit.model.weights import SINGLE_FILE_CONFIG
 from insightedit.platform.config import PRESETS, RunConfig, load_preset
 from insightedit.platform.editing import EditingTask
@@ -146,7 +147,8 @@ def measure(config: RunConfig, number: int, rank: int) -> int:
 
 def start_loop(config: RunConfig, number: int, rank: int) -> StageLoop:
     """A stage's loop as `StageWorker` builds it, over made-up samples."""
-    stage, world, names = config.stages[number], config.workers.sizes[0], loss_names(number)
+    stage = config.stages[number].settled(bf16=multiplies_bf16(torch.device("cpu")))
+    world, names = config.workers.sizes[0], loss_names(number)
     size = micro_batch_size(stage.global_batch, world, stage.micro_batch)
     accumulation = stage.global_batch // world // size
     layout = Layout(rank=rank, world=world, micro_batch=size, accumulation=accumulation, device=torch.device("cpu"))

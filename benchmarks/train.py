@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from insightedit.jobs.prepare import PreparedDataset, prepare
 from insightedit.jobs.train import training_plan
 from insightedit.model.attention import use_plain_attention
+from insightedit.model.precision import multiplies_bf16
 from insightedit.platform.cluster import connected
 from insightedit.platform.config import RunConfig, load_preset
 from insightedit.platform.engine import StageLosses, set_learning_rates, start_engine
@@ -97,6 +98,7 @@ def prepared(folder: Path, steps: int, scenes: int) -> Bench:
             "data.datasets.questions=null",
             "stages.1.datasets={edits: 1}",
             "stages.3=null",
+            f"stages.{STAGE}.precision={'bf16' if multiplies_bf16(torch.device('cpu')) else 'fp32'}",
             f"stages.{STAGE}.steps={WARM + steps + REST}",
             f"stages.{STAGE}.log_every={LOG_EVERY}",
             f"stages.{STAGE}.checkpoint_every={WARM + steps}",

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from insightedit.model.attention import use_plain_attention
@@ -13,6 +14,7 @@ from insightedit.model.configuration import ModelConfig
 from insightedit.model.insightedit import InsightEditModel
 from insightedit.model.memory import checkpoint_activations, halve_frozen
 from insightedit.model.outline import build_outline, outline_batch
+from insightedit.model.precision import multiplies_bf16
 from insightedit.model.stages import part_of
 from insightedit.platform.config import RunConfig, StageConfig
 from insightedit.platform.engine import StageLosses, parameter_groups
@@ -144,7 +146,8 @@ class _StagePlan:
 
     def __init__(self, config: RunConfig, sources: ModelConfig, number: int) -> None:
         self._config, self._sources, self._number = config, sources, number
-        self._stage = config.stages[number]
+        on_gpu = config.workers.gpus > 0
+        self._stage = config.stages[number].settled(bf16=on_gpu or multiplies_bf16(torch.device("cpu")))
         # With a range of workers, the fewest have the most to hold.
         world = config.workers.sizes[0]
         self._size = micro_batch_size(self._stage.global_batch, world, self._stage.micro_batch)
@@ -154,7 +157,7 @@ class _StagePlan:
             zero=self._stage.zero,
             offload=self._stage.offload,
             averages=self._stage.ema_decay is not None,
-            on_gpu=config.workers.gpus > 0,
+            on_gpu=on_gpu,
         )
         model = self._outline()
         self.parts = _parts(model)

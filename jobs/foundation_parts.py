@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from insightedit.model.encoders import encode_text
+from insightedit.model.precision import multiplies_bf16
 from insightedit.platform.datasets.shapes import (
     Scene,
     description,
@@ -105,12 +106,13 @@ class Pictures:
 
 
 def fit(module: nn.Module, how: Fit, loss_of: Callable[[int], Tensor], name: str, progress: Progress) -> None:
-    """Train a module: one loss a step, clipped gradients, bf16 autocast."""
+    """Train a module: one loss a step, clipped gradients, bf16 autocast where the CPU has instructions for it."""
+    bf16 = multiplies_bf16(torch.device("cpu"))
     module.train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = _Optimizer(module, how)
     for step in range(how.steps):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = loss_of(step)
         module.zero_grad()
         loss.backward()
@@ -377,6 +379,7 @@ def train_mllm(
     }
     mllm = LlavaForConditionalGeneration(LlavaConfig(**shape))
     rng = random.Random(3)
+    products = torch.bfloat16 if multiplies_bf16(torch.device("cpu")) else torch.float32
 
     def loss_of(_step: int) -> Tensor:
         rows = torch.randint(len(pictures.pixels), (how.batch,))
@@ -384,7 +387,7 @@ def train_mllm(
         states = mllm.model(
             input_ids=chat.ids,
             position_ids=chat.positions,
-            attention_mask=chat.mask.to(torch.bfloat16),
+            attention_mask=chat.mask.to(products),
             pixel_values=normalised(pictures.pixels[rows]),
             use_cache=False,
         ).last_hidden_state[:, :-1]

@@ -131,8 +131,9 @@ class StageConfig(_Settings):
     none is."""
     max_bad_steps: Count = 10
     """Bad steps one after the other after which training stops in any case."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the modules under autocast; weights and optimiser stay in float32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """bf16 runs the modules under autocast; weights and optimiser stay in float32. auto is bf16 where every worker's
+    device has instructions for it, else fp32."""
     zero: Literal[2, 3] = 2
     """ZeRO stage of DeepSpeed."""
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -152,6 +153,16 @@ class StageConfig(_Settings):
     """Steps between pictures of validation edits; 0 makes them at the stage's end only."""
     log_every: Count = 10
     """Steps whose figures are averaged into one point of a curve."""
+
+    def settled(self, *, bf16: bool) -> StageConfig:
+        """The stage with `precision: auto` decided.
+
+        Args:
+            bf16: whether every worker's device has instructions for bfloat16.
+        """
+        if self.precision != "auto":
+            return self
+        return self.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
 
 
 class WorkersConfig(_Settings):

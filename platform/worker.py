@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from insightedit.model.attention import use_plain_attention
+from insightedit.model.precision import multiplies_bf16
 from insightedit.platform import leases
 from insightedit.platform.averages import Averages, averages_name
 from insightedit.platform.bad_steps import BadStep, bad_step_entry, check_bad_step
@@ -102,9 +103,9 @@ class StageWorker:
         self.watchdog = watchdog
         self.notices = Notices()
         self.number = number
-        self.config: StageConfig = plan.config.stages[number]
+        self.layout = _layout(plan.config.stages[number])
+        self.config = plan.config.stages[number].settled(bf16=_every_multiplies_bf16(self.layout.device))
         self.names = loss_names(number)
-        self.layout = _layout(self.config)
         self.fingerprint = plan.fingerprint(number)
         self.store = checkpoint_store(plan, number)
         self.saver = CheckpointSaver(
@@ -479,6 +480,13 @@ def _layout(config: StageConfig) -> Layout:
         accumulation=config.global_batch // world // size,
         device=ray.train.torch.get_device(),
     )
+
+
+def _every_multiplies_bf16(device: torch.device) -> bool:
+    """Whether the devices of all ranks do."""
+    fewest = torch.tensor(int(multiplies_bf16(device)), device=device)
+    dist.all_reduce(fewest, dist.ReduceOp.MIN)
+    return bool(fewest)
 
 
 def _from_first(value: list[T]) -> T:

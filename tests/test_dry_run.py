@@ -95,7 +95,7 @@ def measured(model: InsightEditModel, stage: StageConfig, number: int, batch: Ma
 def test_nano_takes_what_its_trace_says(number: int, settings: dict[str, Any]) -> None:
     config = load_preset("nano")
     sources = config.model_sources()
-    stage = config.stages[number].model_copy(update=settings)
+    stage = config.stages[number].settled(bf16=True).model_copy(update=settings)
     outline = build_outline(sources)
     model = InsightEditModel(build_pipeline(sources), sources.lora, sources.diffusion)
     for one in (outline, model):
