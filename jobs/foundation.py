@@ -43,6 +43,7 @@ class FoundationRecipe:
     clip: Fit = field(default_factory=lambda: Fit(steps=1200, batch=128, learning_rate=2e-3, weight_decay=0.05))
     unet: Fit = field(default_factory=lambda: Fit(steps=2800, batch=48, learning_rate=3e-3))
     mllm: Fit = field(default_factory=lambda: Fit(steps=9000, batch=16, learning_rate=3e-3, weight_decay=0.01))
+    mllm_tuning: Fit = field(default_factory=lambda: Fit(steps=2400, batch=16, learning_rate=2e-3, weight_decay=0.01))
     validation_scenes: int = 256
 
     def scaled(self, share: float) -> FoundationRecipe:
@@ -55,7 +56,7 @@ class FoundationRecipe:
             self,
             scenes=max(round(self.scenes * share), 256),
             validation_scenes=max(round(self.validation_scenes * share), 32),
-            **{name: shorter(getattr(self, name)) for name in ("vae", "clip", "unet", "mllm")},
+            **{name: shorter(getattr(self, name)) for name in ("vae", "clip", "unet", "mllm", "mllm_tuning")},
         )
 
 
@@ -168,6 +169,9 @@ def _build_mllm(out: Path, recipe: FoundationRecipe) -> dict[str, Any]:
     pictures = Pictures.draw(recipe.scenes, recipe.seed + 1)
     tokenizer = parts.build_tokenizer(512, ends=False)
     mllm = parts.train_mllm(pictures, tokenizer, recipe.mllm, _say)
+    mllm = _stored(mllm, out / "mllm")
+    torch.manual_seed(recipe.seed + 2)
+    parts.tune_mllm(mllm, pictures, tokenizer, recipe.mllm_tuning, _say)
     mllm = _stored(mllm, out / "mllm")
     processor = LlavaProcessor(
         image_processor=parts.image_processor(),

@@ -34,6 +34,7 @@ from insightedit.model.encoders import encode_text
 from insightedit.model.precision import multiplies_bf16
 from insightedit.platform.datasets.shapes import (
     Scene,
+    compound_question,
     description,
     question_answer,
     render,
@@ -65,6 +66,10 @@ VISION = {
 CHAT_VISION: dict[str, Any] = {**VISION, "patch_size": 8, "num_hidden_layers": 6}
 """The language model's own tower: larger patches make shorter rows, which it learns from faster."""
 NUM_PATCHES = (32 // 8) ** 2
+QUESTIONS = 6
+"""About each picture in a row of the language model."""
+COMPOUND_SHARE, UNTOLD_SHARE = 0.7, 0.5
+"""Of the questions, and of the answers, that the language model is tuned on."""
 SMALLEST_INNER = 16
 QUIET = 0.125
 """Of the UNet's residual stream; a power of two keeps every bit."""
@@ -379,28 +384,72 @@ def train_mllm(
     }
     mllm = LlavaForConditionalGeneration(LlavaConfig(**shape))
     rng = random.Random(3)
-    products = torch.bfloat16 if multiplies_bf16(torch.device("cpu")) else torch.float32
 
     def loss_of(_step: int) -> Tensor:
         rows = torch.randint(len(pictures.pixels), (how.batch,))
         chat = ChatRows.pack([_questions(pictures.scenes[row], rng) for row in rows], tokenizer)
-        states = mllm.model(
-            input_ids=chat.ids,
-            position_ids=chat.positions,
-            attention_mask=chat.mask.to(products),
-            pixel_values=normalised(pictures.pixels[rows]),
-            use_cache=False,
-        ).last_hidden_state[:, :-1]
-        learnt = chat.labels[:, 1:] >= 0
-        return F.cross_entropy(mllm.lm_head(states[learnt]).float(), chat.labels[:, 1:][learnt])
+        return _answer_loss(mllm, chat, pictures.pixels[rows], mllm.get_input_embeddings()(chat.ids))
 
     fit(mllm, how, loss_of, "mllm", progress)
     return mllm
 
 
-def _questions(scene: Scene, rng: random.Random, count: int = 6) -> list[tuple[str, str]]:
+def tune_mllm(
+    mllm: LlavaForConditionalGeneration,
+    pictures: Pictures,
+    tokenizer: PreTrainedTokenizerFast,
+    how: Fit,
+    progress: Progress,
+) -> None:
+    """Train a language model on, in place, to answer two questions in one, and to know its answer at once.
+
+    Of half the answers it is not told the words before: at their places stand vectors that are no words. It must say
+    at its [MM] tokens what a request comes to, and those are as strange to it.
+    """
+    rng = random.Random(4)
+    words: Any = mllm.get_input_embeddings()
+
+    def loss_of(_step: int) -> Tensor:
+        rows = torch.randint(len(pictures.pixels), (how.batch,))
+        questions = [
+            [
+                compound_question(pictures.scenes[row], rng) if rng.random() < COMPOUND_SHARE else pair
+                for pair in _questions(pictures.scenes[row], rng)
+            ]
+            for row in rows
+        ]
+        chat = ChatRows.pack(questions, tokenizer)
+        chosen = torch.rand(how.batch, QUESTIONS + 1) < UNTOLD_SHARE
+        untold = chosen.gather(1, chat.owners.clamp(min=0)) & (chat.labels >= 0)
+        told = torch.where(untold[..., None], strangers(words.weight, untold.shape), words(chat.ids))
+        return _answer_loss(mllm, chat, pictures.pixels[rows], told)
+
+    fit(mllm, how, loss_of, "mllm, compound questions", progress)
+
+
+@torch.no_grad()
+def strangers(words: Tensor, shape: torch.Size) -> Tensor:
+    """Vectors (*shape, H) as the [MM] tokens are before they are trained: none of the words (V, H)."""
+    return words.mean(dim=0) + 2 * words.std() * torch.randn(*shape, words.shape[1])
+
+
+def _answer_loss(mllm: LlavaForConditionalGeneration, chat: ChatRows, pixels: Tensor, embeddings: Tensor) -> Tensor:
+    """The next-token loss of the answers, of rows whose tokens are embedded (B, L, H)."""
+    bf16 = torch.is_autocast_enabled("cpu")
+    states = mllm.model(
+        inputs_embeds=embeddings,
+        position_ids=chat.positions,
+        attention_mask=chat.mask.to(torch.bfloat16 if bf16 else torch.float32),
+        pixel_values=normalised(pixels),
+        use_cache=False,
+    ).last_hidden_state[:, :-1]
+    learnt = chat.labels[:, 1:] >= 0
+    return F.cross_entropy(mllm.lm_head(states[learnt]).float(), chat.labels[:, 1:][learnt])
+
+
+def _questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Questions about a scene with their answers; now and then one asks for a description."""
-    pairs = [question_answer(scene, rng) for _ in range(count)]
+    pairs = [question_answer(scene, rng) for _ in range(QUESTIONS)]
     if rng.random() < 0.4:
         pairs[0] = DESCRIBE, description(scene)
     return pairs
@@ -420,6 +469,8 @@ class ChatRows:
     """int64 (B, L); -1 where nothing is learnt."""
     positions: Tensor
     """int64 (B, L)."""
+    owners: Tensor
+    """int64 (B, L); the number of the question that a token belongs to; 0 for the picture, -1 for filling."""
     mask: Tensor
     """float32 (B, 1, L, L), added to attention's logits."""
 
@@ -450,4 +501,4 @@ class ChatRows:
         )
         seen = (owners[:, :, None] == owners[:, None]) | (owners[:, None] == 0)
         seen &= torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-        return cls(ids, labels, positions, torch.zeros(seen.shape).masked_fill(~seen, -1e9)[:, None])
+        return cls(ids, labels, positions, owners, torch.zeros(seen.shape).masked_fill(~seen, -1e9)[:, None])

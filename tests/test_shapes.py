@@ -28,6 +28,7 @@ from insightedit.platform.datasets.shapes import (
     Shape,
     Split,
     caption_records,
+    compound_question,
     edit_records,
     question_answer,
     question_records,
@@ -588,6 +589,7 @@ def test_each_forms_held_out_wording_is_in_the_test_alone() -> None:
     seen = [text for split in ("train", "validation") for e in _edits(split) for text in (e.simple, e.advanced)]
     for scene in (sample_scene(rng, "train") for _ in range(300)):
         seen += [short_caption(scene, rng), *statements(scene, rng, 8), *question_answer(scene, rng)]
+        seen += [text for _ in range(4) for text in compound_question(scene, rng)]
     seen += vocabulary_corpus()
     for form, pattern in HELD_WORDINGS.items():
         assert not [text for text in seen if re.search(pattern, text)][:3], form
@@ -652,6 +654,38 @@ def test_questions_are_answered_truly() -> None:
         assert _true_answer(match[1], scene) in {_described(answer), (answer.split()[-1],)}, (question, answer)
 
 
+def test_compound_questions_are_answered_truly() -> None:
+    rng = random.Random(3)
+    parts: Counter[int] = Counter()
+    for scene in (sample_scene(rng, "train") for _ in range(1500)):
+        question, answer = compound_question(scene, rng)
+        # "and" stands in phrases too: a question begins with its own word.
+        asked = re.split(r" and (?=(?:which|where|what) is )", question)
+        answers = answer.split(" and ")
+        parts[len(asked)] += 1
+        for one, told in zip(asked, answers, strict=True):
+            match = re.fullmatch("(which|where|what) is (.*)", one)
+            assert match
+            assert told == _compound_answer(match[1], match[2], scene), (question, answer)
+    assert min(parts[1], parts[2]) > 300
+
+
+def _compound_answer(word: str, phrase: str, scene: Scene) -> str:
+    """The answer to one part of a compound question."""
+    if word == "where":
+        place = phrase.removeprefix("the ")
+        return place if place in PLACES else PLACES[_place_meant(phrase, scene)]
+    if word == "which":
+        (shape,) = _shapes_meant(phrase.removeprefix("the ") if NAME.fullmatch(phrase[4:]) else phrase, scene)
+        return _full(shape)
+    if match := re.fullmatch(r"(?:an?|some) (?:(small|large) )?(%s) (.*)" % "|".join(COLOURS), phrase):  # noqa: UP031
+        size, colour, thing = match.groups()
+        kind = thing if thing in KINDS else DOES[thing.rpartition("shape that ")[2]]
+        assert (colour, kind) not in HELD_OUT
+        return f"{size or 'large'} {colour} {kind}"
+    return phrase if phrase in COLOURS else _colour_meant(phrase, scene)
+
+
 def test_statements_are_true_and_cover_every_form() -> None:
     rng = random.Random(2)
     asked: Counter[str] = Counter()
@@ -701,6 +735,7 @@ def test_nothing_said_of_one_picture_speaks_of_an_edit() -> None:
     verbs = {"remove", "erase", "take", "add", "draw", "replace", "change", "put", "paint", "turn", "move", "shift"}
     for scene in (sample_scene(rng, "train") for _ in range(500)):
         texts = [short_caption(scene, rng), *statements(scene, rng, 8), *question_answer(scene, rng)]
+        texts += [text for _ in range(4) for text in compound_question(scene, rng)]
         assert not verbs & {word for text in texts for word in text.split()}
 
 

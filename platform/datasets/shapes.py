@@ -15,6 +15,7 @@ from pydantic import Field
 from insightedit.platform.datasets.reading import Entry, Options, fingerprint_of, parse_options
 from insightedit.platform.datasets.shapes_edits import Edit, outcome, sample_edit, vocabulary_corpus
 from insightedit.platform.datasets.shapes_language import (
+    compound_question,
     description,
     plain_question,
     question_answer,
@@ -46,6 +47,7 @@ __all__ = [
     "Split",
     "Wording",
     "caption_records",
+    "compound_question",
     "description",
     "edit_records",
     "outcome",

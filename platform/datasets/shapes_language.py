@@ -20,6 +20,7 @@ from typing import Final, Generic, Literal, TypeVar
 from insightedit.platform.datasets.shapes_world import (
     COLOURS,
     CORNER_CELLS,
+    HELD_OUT_COMBINATIONS,
     KINDS,
     MIDDLE_CELL,
     SIZES,
@@ -464,6 +465,64 @@ def reasoning_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """Ask what a phrase picks: ("which is the one that could roll", "large red circle top left")."""
     question, phrase, answer = _reference(scene, rng)
     return f"{question} is {phrase}", answer.replace("the ", "")
+
+
+def compound_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Ask for what requests are made of: a shape, a place, or one of them with another, a colour or a kind of shape.
+
+    ("which is the lowest one and what is a red ring", "large blue star bottom and large red ring")
+    """
+    topics = rng.choice(
+        (
+            (_ask_shape,),
+            (_ask_place,),
+            (_ask_shape, _ask_place),
+            (_ask_shape, _ask_thing),
+            (_ask_shape, _ask_colour),
+            (_ask_thing, _ask_place),
+        )
+    )
+    asked = [ask(scene, rng) for ask in rng.sample(topics, len(topics))]
+    return " and ".join(question for question, _ in asked), " and ".join(answer for _, answer in asked)
+
+
+def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Which shape a name stands for or, as often, a phrase."""
+    forms = {form: find for form, find in SHAPES_FORMS.items() if form != "pair"}
+    phrase = _draw_phrase(forms, scene, rng) if rng.random() < 0.5 else None
+    if phrase is None:
+        return plain_question(scene, rng)
+    return f"which is {phrase.say(rng)}", describe(phrase.answer[0])
+
+
+def _ask_place(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Where a place is, which is said or needs reasoning."""
+    phrase = _draw_phrase(PLACE_FORMS, scene, rng) if rng.random() < 0.4 else None
+    if phrase is None:
+        place = rng.choice(PLACES)
+        return f"where is the {place}", place
+    return f"where is {phrase.say(rng)}", PLACES[phrase.answer]
+
+
+def _ask_colour(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """What a colour is, which is said or, as often, needs reasoning."""
+    phrase = _draw_phrase(COLOUR_FORMS, scene, rng) if rng.random() < 0.5 else None
+    if phrase is None:
+        colour = rng.choice(COLOURS)
+        return f"what is {colour}", colour
+    return f"what is {phrase.say(rng)}", phrase.answer
+
+
+def _ask_thing(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """What a shape of a size, a colour and a kind is: large unless it is said, its kind at times by what it is for."""
+    phrase = rng.choice(list(_new_kind(scene))) if rng.random() < 0.4 else None
+    kind = phrase.answer if phrase else rng.choice(KINDS)
+    colour = rng.choice([colour for colour in COLOURS if (colour, kind) not in HELD_OUT_COMBINATIONS])
+    size = rng.choice(("", "", *SIZES))
+    adjectives = f"{size} {colour} ".lstrip()
+    a = article(adjectives)
+    said = phrase.say(rng, a=a, adjectives=adjectives) if phrase else f"{a}{adjectives}{kind}"
+    return f"what is {said}", f"{size or 'large'} {colour} {kind}"
 
 
 def description(scene: Scene) -> str:
