@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from insightedit.model.precision import multiplies_bf16
 from insightedit.model.stages import STAGES
 from insightedit.platform.chat.config import EndpointConfig, JudgeConfig, LocalModelConfig
 from insightedit.platform.config import (
@@ -235,3 +237,29 @@ def test_the_config_of_the_weights_page_is_one(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
     assert load_preset(path).model.sources.image_encoder == "openai/clip-vit-large-patch14"
+
+
+def test_auto_precision_follows_the_devices_and_nothing_else_does() -> None:
+    nano = load_preset("nano").stages[1]
+    assert nano.precision == "auto"
+    assert (nano.settled(bf16=True).precision, nano.settled(bf16=False).precision) == ("bf16", "fp32")
+    for precision in ("bf16", "fp32"):
+        fixed = load_preset("nano", [f"stages.1.precision={precision}"]).stages[1]
+        assert fixed.settled(bf16=True) == fixed == fixed.settled(bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("abilities", "fast"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"neon": True, "bf16": True}, True),
+        ({}, False),
+    ],
+)
+def test_a_cpu_without_bf16_instructions_is_known(
+    monkeypatch: pytest.MonkeyPatch, abilities: dict[str, bool], fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    assert multiplies_bf16(torch.device("cpu")) is fast
