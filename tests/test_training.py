@@ -321,6 +321,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         "stages.2.datasets={captions: 1, edits: 1}",
         "stages.2.validate_every=2",
         "stages.2.gradient_checkpointing=true",
+        "stages.2.precision=bf16",
         "stages.2.frozen=bf16",
     ]
     config = load_preset("nano", overrides)
