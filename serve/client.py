@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
 from insightedit.platform.workdir import Workdir
 from insightedit.serve.answers import ImagesResponse
-from insightedit.serve.schema import OutputFormat, SchedulerName
+from insightedit.serve.schema import EDIT_PATH, OutputFormat, SchedulerName
 from insightedit.serve.state import read_state
 
 KEY_VARIABLE = "INSIGHTEDIT_API_KEY"
@@ -143,7 +143,7 @@ def edit_over_http(
     response = ask(
         url,
         "POST",
-        "/v1/images/edits",
+        EDIT_PATH,
         patience,
         headers={"idempotency-key": uuid.uuid4().hex},
         data=form_of(prompt, options),

@@ -9,10 +9,10 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from insightedit.serve.meters import Meters
-from insightedit.serve.schema import ApiError
+from insightedit.serve.schema import EDIT_PATH, ApiError
 from insightedit.serve.settings import Limits
 
-_REFUSED = frozenset({("POST", "/v1/images/edits"), ("GET", "/readyz")})
+_REFUSED = frozenset({("POST", EDIT_PATH), ("GET", "/readyz")})
 
 
 class Draining:

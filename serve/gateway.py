@@ -41,7 +41,7 @@ from insightedit.serve.feedback import Feedback, FeedbackAnswer, FeedbackRequest
 from insightedit.serve.idempotency import KEY_PARAMETER
 from insightedit.serve.logs import LOGGER
 from insightedit.serve.meters import CONTENT_TYPE, Meters
-from insightedit.serve.schema import SEED_LIMIT, ApiError, ErrorResponse
+from insightedit.serve.schema import EDIT_PATH, JOBS_PATH, SEED_LIMIT, ApiError, ErrorResponse
 from insightedit.serve.settings import Destinations, FeedbackSettings, Limits, RolloutSettings
 from insightedit.serve.shared import Shared
 from insightedit.serve.traces import TraceLayer, Traces
@@ -50,8 +50,6 @@ from insightedit.serve.uploads import encode_image
 
 logger = logging.getLogger(LOGGER)
 
-EDIT_PATH = "/v1/images/edits"
-JOBS_PATH = EDIT_PATH + "/jobs"
 JOB_PATH = JOBS_PATH + "/{job_id}"
 PAGE = Path(__file__).parent / "page"
 # Nothing comes from another host; an image shown is one the user chose or got.

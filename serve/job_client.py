@@ -12,8 +12,7 @@ from urllib.parse import quote
 from insightedit.platform.errors import InsightEditError
 from insightedit.serve.answers import Job, JobList, JobStatus, WebhookSecret
 from insightedit.serve.client import EditOptions, Patience, ask, files_of, form_of, parsed
-
-_JOBS = "/v1/images/edits/jobs"
+from insightedit.serve.schema import JOBS_PATH
 
 
 class JobClient:
@@ -82,7 +81,7 @@ class JobClient:
         """
         params = {"limit": limit, "after": after, "status": status}
         given = {name: value for name, value in params.items() if value is not None}
-        return parsed(self._url, ask(self._url, "GET", _JOBS, self._patience, params=given), JobList)
+        return parsed(self._url, ask(self._url, "GET", JOBS_PATH, self._patience, params=given), JobList)
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a job that has not ended."""
@@ -106,7 +105,7 @@ class JobClient:
         return parsed(self._url, ask(self._url, "GET", "/v1/webhooks/secret", self._patience), WebhookSecret).key
 
     def _ask(self, method: str, job_id: str, more: str = "", **body: Any) -> Job:
-        path = f"{_JOBS}/{quote(job_id, safe='')}{more}"
+        path = f"{JOBS_PATH}/{quote(job_id, safe='')}{more}"
         return parsed(self._url, ask(self._url, method, path, self._patience, **body), Job)
 
 

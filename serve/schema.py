@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from insightedit.serve.settings import Limits
 
+EDIT_PATH = "/v1/images/edits"
+JOBS_PATH = EDIT_PATH + "/jobs"
 SEED_LIMIT = 2**32
 """Seeds are below this, so that every JSON reader keeps them whole."""
 
