@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from insightedit.model.encoders import encode_text
+from insightedit.model.mllm import strangers
 from insightedit.model.precision import multiplies_bf16
 from insightedit.platform.datasets.shapes import (
     Scene,
@@ -404,7 +405,7 @@ def tune_mllm(
     """Train a language model on, in place, to answer two questions in one, and to know its answer at once.
 
     Of half the answers it is not told the words before: at their places stand vectors that are no words. It must say
-    at its [MM] tokens what a request comes to, and those are as strange to it.
+    at its [MM] tokens what a request comes to, and those begin as the same.
     """
     rng = random.Random(4)
     words: Any = mllm.get_input_embeddings()
@@ -425,12 +426,6 @@ def tune_mllm(
         return _answer_loss(mllm, chat, pictures.pixels[rows], told)
 
     fit(mllm, how, loss_of, "mllm, compound questions", progress)
-
-
-@torch.no_grad()
-def strangers(words: Tensor, shape: torch.Size) -> Tensor:
-    """Vectors (*shape, H) as the [MM] tokens are before they are trained: none of the words (V, H)."""
-    return words.mean(dim=0) + 2 * words.std() * torch.randn(*shape, words.shape[1])
 
 
 def _answer_loss(mllm: LlavaForConditionalGeneration, chat: ChatRows, pixels: Tensor, embeddings: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ loads can be used as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -43,8 +43,7 @@ class MultimodalTokens(ModelMixin, ConfigMixin):
         input_rows, output_rows = mllm.get_input_embeddings(), _head(mllm)
         pairs: Any = ((self.input_rows, input_rows), (self.output_rows, output_rows))
         for rows, vocabulary in pairs:
-            known = vocabulary.weight.float()
-            rows.weight.copy_(known.mean(dim=0) + 2.0 * known.std() * torch.randn_like(rows.weight))
+            rows.weight.copy_(strangers(vocabulary.weight.float(), rows.weight.shape[:-1]))
 
     def positions(self, start: Tensor) -> Tensor:
         """Positions (B, r) of the tokens in rows where they begin at `start` (B,)."""
@@ -65,6 +64,12 @@ class MultimodalTokens(ModelMixin, ConfigMixin):
             yield
         finally:
             handle.remove()
+
+
+@torch.no_grad()
+def strangers(words: Tensor, shape: Sequence[int]) -> Tensor:
+    """Vectors (*shape, H) around the mean of a vocabulary's rows (V, H), twice as far from each other as words are."""
+    return words.mean(dim=0) + 2.0 * words.std() * torch.randn(*shape, words.shape[1], device=words.device)
 
 
 def hidden_states(mllm: PreTrainedModel, tokens: MultimodalTokens, inputs: Mapping[str, Tensor]) -> Tensor:
