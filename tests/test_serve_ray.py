@@ -361,11 +361,18 @@ def test_a_server_that_does_not_come_up_shows_its_log(served: Served, tmp_path: 
     assert status(other).state == "down"
 
 
-async def kept_job(workdir: Workdir, job_id: str) -> JobRecord:
-    settings = ServeSettings()
-    store = open_store(None, workdir.root / "state.db", settings.state.bytes)
-    found = await JobBook(store, settings.state, settings.limits).find("", job_id)
-    await store.close()
+def kept_job(workdir: Workdir, job_id: str) -> JobRecord:
+    """A job as the stopped server left it. The page's browser may have a loop of its own in this thread."""
+
+    async def find() -> JobRecord | None:
+        settings = ServeSettings()
+        store = open_store(None, workdir.root / "state.db", settings.state.bytes)
+        found = await JobBook(store, settings.state, settings.limits).find("", job_id)
+        await store.close()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(asyncio.run, find()).result()
     assert found is not None
     return found
 
@@ -418,7 +425,7 @@ def test_down_finishes_what_is_in_hand_and_leaves_nothing(served: Served) -> Non
     assert {answer.json()["error"]["code"] for answer in refused} == {"stopping"}
     assert {answer.headers["retry-after"] for answer in refused} == {"2"}
     assert told[-1] in refused
-    left = asyncio.run(kept_job(served.workdir, "stopped"))
+    left = kept_job(served.workdir, "stopped")
     assert left.owner == "", "the next server would wait for this one's lease"
     assert left.status == "queued"
     assert not [process for process in processes if process.is_running()]
