@@ -44,6 +44,7 @@ class FoundationRecipe:
     unet: Fit = field(default_factory=lambda: Fit(steps=2800, batch=48, learning_rate=3e-3))
     mllm: Fit = field(default_factory=lambda: Fit(steps=9000, batch=16, learning_rate=3e-3, weight_decay=0.01))
     mllm_tuning: Fit = field(default_factory=lambda: Fit(steps=2400, batch=16, learning_rate=2e-3, weight_decay=0.01))
+    mllm_hard: Fit = field(default_factory=lambda: Fit(steps=3200, batch=16, learning_rate=2e-3, weight_decay=0.01))
     validation_scenes: int = 256
 
     def scaled(self, share: float) -> FoundationRecipe:
@@ -56,7 +57,10 @@ class FoundationRecipe:
             self,
             scenes=max(round(self.scenes * share), 256),
             validation_scenes=max(round(self.validation_scenes * share), 32),
-            **{name: shorter(getattr(self, name)) for name in ("vae", "clip", "unet", "mllm", "mllm_tuning")},
+            **{
+                name: shorter(getattr(self, name))
+                for name in ("vae", "clip", "unet", "mllm", "mllm_tuning", "mllm_hard")
+            },
         )
 
 
@@ -168,10 +172,12 @@ def _build_mllm(out: Path, recipe: FoundationRecipe) -> dict[str, Any]:
     _begin(recipe.seed + 1)
     pictures = Pictures.draw(recipe.scenes, recipe.seed + 1)
     tokenizer = parts.build_tokenizer(512, ends=False)
-    # Rounded to what half precision can say: tuning goes on just as well from a stored model.
-    mllm: Any = parts.train_mllm(pictures, tokenizer, recipe.mllm, _say).half().float()
-    torch.manual_seed(recipe.seed + 2)
-    parts.tune_mllm(mllm, pictures, tokenizer, recipe.mllm_tuning, _say)
+    mllm: Any = parts.train_mllm(pictures, tokenizer, recipe.mllm, _say)
+    for seed, how, hard in ((2, recipe.mllm_tuning, False), (3, recipe.mllm_hard, True)):
+        # Rounded to what half precision can say: tuning goes on just as well from a stored model.
+        mllm = mllm.half().float()
+        torch.manual_seed(recipe.seed + seed)
+        parts.tune_mllm(mllm, pictures, tokenizer, how, _say, hard=hard)
     mllm = _stored(mllm, out / "mllm")
     processor = LlavaProcessor(
         image_processor=parts.image_processor(),

@@ -401,20 +401,22 @@ def tune_mllm(
     tokenizer: PreTrainedTokenizerFast,
     how: Fit,
     progress: Progress,
+    *,
+    hard: bool,
 ) -> None:
     """Train a language model on, in place, to answer two questions in one, and to know its answer at once.
 
     Of half the answers it is not told the words before: at their places stand vectors that are no words. It must say
-    at its [MM] tokens what a request comes to, and those begin as the same.
+    at its [MM] tokens what a request comes to, and those begin as the same. `hard` is as `compound_question` takes it.
     """
-    rng = random.Random(4)
+    rng = random.Random(5 if hard else 4)
     words: Any = mllm.get_input_embeddings()
 
     def loss_of(_step: int) -> Tensor:
         rows = torch.randint(len(pictures.pixels), (how.batch,))
         questions = [
             [
-                compound_question(pictures.scenes[row], rng) if rng.random() < COMPOUND_SHARE else pair
+                compound_question(pictures.scenes[row], rng, hard=hard) if rng.random() < COMPOUND_SHARE else pair
                 for pair in _questions(pictures.scenes[row], rng)
             ]
             for row in rows
@@ -425,7 +427,7 @@ def tune_mllm(
         told = torch.where(untold[..., None], strangers(words.weight, untold.shape), words(chat.ids))
         return _answer_loss(mllm, chat, pictures.pixels[rows], told)
 
-    fit(mllm, how, loss_of, "mllm, compound questions", progress)
+    fit(mllm, how, loss_of, f"mllm, {'hard' if hard else 'compound'} questions", progress)
 
 
 def _answer_loss(mllm: LlavaForConditionalGeneration, chat: ChatRows, pixels: Tensor, embeddings: Tensor) -> Tensor:

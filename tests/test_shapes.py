@@ -589,7 +589,7 @@ def test_each_forms_held_out_wording_is_in_the_test_alone() -> None:
     seen = [text for split in ("train", "validation") for e in _edits(split) for text in (e.simple, e.advanced)]
     for scene in (sample_scene(rng, "train") for _ in range(300)):
         seen += [short_caption(scene, rng), *statements(scene, rng, 8), *question_answer(scene, rng)]
-        seen += [text for _ in range(4) for text in compound_question(scene, rng)]
+        seen += [text for hard in (False, True) for text in compound_question(scene, rng, hard=hard)]
     seen += vocabulary_corpus()
     for form, pattern in HELD_WORDINGS.items():
         assert not [text for text in seen if re.search(pattern, text)][:3], form
@@ -654,20 +654,38 @@ def test_questions_are_answered_truly() -> None:
         assert _true_answer(match[1], scene) in {_described(answer), (answer.split()[-1],)}, (question, answer)
 
 
-def test_compound_questions_are_answered_truly() -> None:
+@pytest.mark.parametrize("hard", [False, True])
+def test_compound_questions_are_answered_truly(hard: bool) -> None:
     rng = random.Random(3)
     parts: Counter[int] = Counter()
     for scene in (sample_scene(rng, "train") for _ in range(1500)):
-        question, answer = compound_question(scene, rng)
+        question, answer = compound_question(scene, rng, hard=hard)
         # "and" stands in phrases too: a question begins with its own word.
         asked = re.split(r" and (?=(?:which|where|what) is )", question)
-        answers = answer.split(" and ")
         parts[len(asked)] += 1
-        for one, told in zip(asked, answers, strict=True):
+        answers = []
+        for one in asked:
             match = re.fullmatch("(which|where|what) is (.*)", one)
             assert match
-            assert told == _compound_answer(match[1], match[2], scene), (question, answer)
+            answers.append(_compound_answer(match[1], match[2], scene))
+        assert answer == " and ".join(answers), question
     assert min(parts[1], parts[2]) > 300
+
+
+def test_hard_questions_are_about_pairs_and_whatever_compares_shapes() -> None:
+    rng = random.Random(4)
+    scenes = [sample_scene(rng, "train") for _ in range(1500)]
+    asked: dict[bool, list[str]] = {
+        hard: [compound_question(scene, rng, hard=hard)[0] for scene in scenes] for hard in (False, True)
+    }
+
+    def share(form: str, hard: bool) -> float:
+        patterns = [_wording_pattern(wording).pattern for wording in shapes_language.WORDINGS[form][:-1]]
+        return sum(any(re.search(pattern, text) for pattern in patterns) for text in asked[hard]) / len(scenes)
+
+    for form in shapes_language.COMPARING:
+        assert share(form, True) > 1.5 * share(form, False), form
+    assert share("pair", False) == 0 < share("pair", True)
 
 
 def _compound_answer(word: str, phrase: str, scene: Scene) -> str:
@@ -676,8 +694,8 @@ def _compound_answer(word: str, phrase: str, scene: Scene) -> str:
         place = phrase.removeprefix("the ")
         return place if place in PLACES else PLACES[_place_meant(phrase, scene)]
     if word == "which":
-        (shape,) = _shapes_meant(phrase.removeprefix("the ") if NAME.fullmatch(phrase[4:]) else phrase, scene)
-        return _full(shape)
+        shapes = _shapes_meant(phrase.removeprefix("the ") if NAME.fullmatch(phrase[4:]) else phrase, scene)
+        return " and ".join(_full(shape) for shape in sorted(shapes, key=lambda shape: shape.cell))
     if match := re.fullmatch(r"(?:an?|some) (?:(small|large) )?(%s) (.*)" % "|".join(COLOURS), phrase):  # noqa: UP031
         size, colour, thing = match.groups()
         kind = thing if thing in KINDS else DOES[thing.rpartition("shape that ")[2]]
@@ -735,7 +753,7 @@ def test_nothing_said_of_one_picture_speaks_of_an_edit() -> None:
     verbs = {"remove", "erase", "take", "add", "draw", "replace", "change", "put", "paint", "turn", "move", "shift"}
     for scene in (sample_scene(rng, "train") for _ in range(500)):
         texts = [short_caption(scene, rng), *statements(scene, rng, 8), *question_answer(scene, rng)]
-        texts += [text for _ in range(4) for text in compound_question(scene, rng)]
+        texts += [text for hard in (False, True) for text in compound_question(scene, rng, hard=hard)]
         assert not verbs & {word for text in texts for word in text.split()}
 
 

@@ -427,6 +427,8 @@ COLOUR_FORMS: Final[dict[str, Callable[[Scene], Iterator[ColourPhrase]]]] = {
     "new_same_colour": _new_same_colour,
 }
 KIND_FORMS: Final[dict[str, Callable[[Scene], Iterator[KindPhrase]]]] = {"new_kind": _new_kind}
+COMPARING: Final = frozenset({"distance", "opposite", "odd_colour", "same_colour", "only_one", "pair"})
+"""Forms that compare the shapes of a scene with one another: the hardest to learn, and most of them seldom hold."""
 
 
 # Sentences about one image ------------------------------------------------------------------------------------------
@@ -467,10 +469,15 @@ def reasoning_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return f"{question} is {phrase}", answer.replace("the ", "")
 
 
-def compound_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """Ask for what requests are made of: a shape, a place, or one of them with another, a colour or a kind of shape.
+def compound_question(scene: Scene, rng: random.Random, *, hard: bool = False) -> tuple[str, str]:
+    """Ask for what requests are made of: shapes, a place, or one of them with another, a colour or a kind of shape.
 
     ("which is the lowest one and what is a red ring", "large blue star bottom and large red ring")
+
+    Args:
+        scene: what is asked about.
+        rng: what draws.
+        hard: ask of pairs too, and of most shapes by the forms of `COMPARING`.
     """
     topics = rng.choice(
         (
@@ -482,20 +489,20 @@ def compound_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
             (_ask_thing, _ask_place),
         )
     )
-    asked = [ask(scene, rng) for ask in rng.sample(topics, len(topics))]
+    asked = [ask(scene, rng, hard) for ask in rng.sample(topics, len(topics))]
     return " and ".join(question for question, _ in asked), " and ".join(answer for _, answer in asked)
 
 
-def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """Which shape a name stands for or, as often, a phrase."""
-    forms = {form: find for form, find in SHAPES_FORMS.items() if form != "pair"}
-    phrase = _draw_phrase(forms, scene, rng) if rng.random() < 0.5 else None
+def _ask_shape(scene: Scene, rng: random.Random, hard: bool) -> tuple[str, str]:
+    """Which shapes a name stands for or, as often, a phrase."""
+    forms = {form: find for form, find in SHAPES_FORMS.items() if hard or form != "pair"}
+    phrase = _draw_phrase(forms, scene, rng, hard=hard) if rng.random() < (0.8 if hard else 0.5) else None
     if phrase is None:
         return plain_question(scene, rng)
-    return f"which is {phrase.say(rng)}", describe(phrase.answer[0])
+    return f"which is {phrase.say(rng)}", " and ".join(describe(shape) for shape in phrase.answer)
 
 
-def _ask_place(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_place(scene: Scene, rng: random.Random, _hard: bool) -> tuple[str, str]:
     """Where a place is, which is said or needs reasoning."""
     phrase = _draw_phrase(PLACE_FORMS, scene, rng) if rng.random() < 0.4 else None
     if phrase is None:
@@ -504,7 +511,7 @@ def _ask_place(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return f"where is {phrase.say(rng)}", PLACES[phrase.answer]
 
 
-def _ask_colour(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_colour(scene: Scene, rng: random.Random, _hard: bool) -> tuple[str, str]:
     """What a colour is, which is said or, as often, needs reasoning."""
     phrase = _draw_phrase(COLOUR_FORMS, scene, rng) if rng.random() < 0.5 else None
     if phrase is None:
@@ -513,7 +520,7 @@ def _ask_colour(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return f"what is {phrase.say(rng)}", phrase.answer
 
 
-def _ask_thing(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_thing(scene: Scene, rng: random.Random, _hard: bool) -> tuple[str, str]:
     """What a shape of a size, a colour and a kind is: large unless it is said, its kind at times by what it is for."""
     phrase = rng.choice(list(_new_kind(scene))) if rng.random() < 0.4 else None
     kind = phrase.answer if phrase else rng.choice(KINDS)
@@ -550,10 +557,17 @@ def _reference(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
 
 
 def _draw_phrase(
-    forms: dict[str, Callable[[Scene], Iterator[Phrase[_Answer]]]], scene: Scene, rng: random.Random
+    forms: dict[str, Callable[[Scene], Iterator[Phrase[_Answer]]]],
+    scene: Scene,
+    rng: random.Random,
+    *,
+    hard: bool = False,
 ) -> Phrase[_Answer] | None:
     """Draw a form, then one of its phrases; another form where there is none."""
-    for form in rng.sample(list(forms), len(forms)):
+    order = rng.sample(list(forms), len(forms))
+    if hard:
+        order.sort(key=lambda form: rng.random() < 0.75 and form not in COMPARING)
+    for form in order:
         found = list(forms[form](scene))
         if found:
             return rng.choice(found)
