@@ -73,8 +73,16 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> None:
             ray.init(address=address, **quiet)
         else:
             logical = cpus or max(os.cpu_count() or 1, MIN_LOGICAL_CPUS)
-            ray.init(address="local", num_cpus=logical, include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=logical, include_dashboard=False, **for_many_actors(logical), **quiet)
     except (ConnectionError, TimeoutError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
         where = f"at {address}" if address else "on this machine"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ClusterError(f"Ray {where} cannot be reached ({reason}); check the address or start one.") from error
+
+
+def for_many_actors(cpus: int) -> dict[str, Any]:
+    """Arguments of `ray.init` for a local Ray of more logical CPUs than the machine has.
+
+    It would warn of every pair of processes beyond the machine's own CPUs, of which there are meant to be many.
+    """
+    return {"_system_config": {"worker_maximum_startup_concurrency": cpus}}

@@ -23,6 +23,7 @@ import ray as untyped_ray
 from ray import serve as untyped_serve
 from ray.serve.exceptions import RayServeException
 
+from insightedit.platform.cluster import for_many_actors
 from insightedit.platform.processes import began
 from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import ENVIRONMENT_VARIABLE, Workdir
@@ -72,7 +73,8 @@ def local_cluster(workdir: Workdir, folder: Path) -> Generator[None]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     cpus = max(LOGICAL_CPUS, os.cpu_count() or 1)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env={"env_vars": variables})
+    environment = {"env_vars": variables}
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **for_many_actors(cpus))
     try:
         yield
     finally:

@@ -123,6 +123,19 @@ def test_help_is_quick() -> None:
     assert seconds < 3, "0.1 s on an idle machine"
 
 
+def test_a_saved_model_prints_nothing_among_the_results() -> None:
+    """DeepSpeed, which is loaded whenever a model is saved, says on stdout that there is no GPU."""
+    command = (
+        "import sys, tempfile, torch; from insightedit.cli import run; run(['--version']);"
+        "from transformers import CLIPTextConfig, CLIPTextModel;"
+        "small = CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1);"
+        "CLIPTextModel(small).save_pretrained(tempfile.mkdtemp()); assert 'deepspeed' in sys.modules"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "insightedit, version 0.1.0\n"
+
+
 def test_installed_command_says_its_version() -> None:
     command = Path(sys.executable).with_name("insightedit")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)

@@ -5,6 +5,7 @@ Results go to stdout and the rest to stderr. What a command needs is imported wh
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -595,6 +596,8 @@ def run(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911  (one f
     session = Session()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    # Loaded wherever a model is saved, it says on stdout, where results are printed, that there is no GPU.
+    logging.getLogger("DeepSpeed").disabled = True
     try:
         result = cli.main(arguments, prog_name="insightedit", standalone_mode=False, obj=session)
     except click.exceptions.NoArgsIsHelpError as error:
