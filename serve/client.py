@@ -189,14 +189,19 @@ def ask(
     Raises:
         NotFoundError, UsageError, ClusterError, InsightEditError: as `edit_over_http` does.
     """
-    key = os.environ.get(KEY_VARIABLE)
-    own = {**(headers or {}), **({"authorization": f"Bearer {key}"} if key else {})}
     address = f"{_checked_url(url)}{path}"
+    own = {**(headers or {}), **key_headers()}
     with httpx.Client(timeout=httpx.Timeout(patience.timeout, connect=5.0), headers=own) as client:
         response = _send(client, client.build_request(method, address, **body), patience)
     if not response.is_success:
         raise _error(response)
     return response
+
+
+def key_headers() -> dict[str, str]:
+    """The headers that show a server the API key of the environment, if that has one."""
+    key = os.environ.get(KEY_VARIABLE)
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def parsed(url: str, response: httpx.Response, kind: type[Answer]) -> Answer:

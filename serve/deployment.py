@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from insightedit.platform.errors import InsightEditError, UsageError
 from insightedit.platform.registry import CHAMPION, Registry
 from insightedit.platform.workdir import Workdir
+from insightedit.serve.client import key_headers
 from insightedit.serve.door import check_access
 from insightedit.serve.fleet import FleetStatus
 from insightedit.serve.follower import FROM_TAG, STATE_TAG, UNDER_WAY
@@ -45,7 +46,7 @@ class ServeStatus(BaseModel):
     pid: int | None = None
     log: Path | None = None
     fleet: FleetStatus | None = None
-    """Replicas and queues, where the server answers."""
+    """Replicas and queues, where the server answers; one that asks for API keys is shown that of the environment."""
 
 
 def up(
@@ -113,7 +114,8 @@ def status(workdir: Workdir) -> ServeStatus:
 
 def _fleet(url: str) -> FleetStatus | None:
     try:
-        return FleetStatus.model_validate_json(httpx.get(f"{url}/v1/status", timeout=15).raise_for_status().content)
+        answer = httpx.get(f"{url}/v1/status", headers=key_headers(), timeout=15)
+        return FleetStatus.model_validate_json(answer.raise_for_status().content)
     except httpx.HTTPError:
         return None
 

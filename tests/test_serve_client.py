@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -14,9 +15,14 @@ from typing import NamedTuple, cast
 import pytest
 
 from insightedit.platform.errors import ClusterError, InsightEditError, NotFoundError, UsageError
+from insightedit.platform.processes import began
+from insightedit.platform.workdir import Workdir
 from insightedit.serve import client
 from insightedit.serve.client import Patience, edit_over_http
+from insightedit.serve.deployment import status
+from insightedit.serve.fleet import FleetStatus
 from insightedit.serve.job_client import JobClient, images_of
+from insightedit.serve.state import ServeState, write_state
 
 GOOD = (
     b'{"created": 1, "data": [{"b64_json": "aGk=", "seed": 5, "size": "1x1"}, {"b64_json": "aG8=", "seed": 6,'
@@ -42,6 +48,8 @@ class OtherServer(HTTPServer):
         self.answers: list[Answer] = []
         self.asked: list[str] = []
         self.keys: list[str] = []
+        self.shown: list[str | None] = []
+        """API keys."""
         self.bodies: list[bytes] = []
 
     @property
@@ -54,6 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         other = cast(OtherServer, self.server)
         other.asked.append(f"{self.command} {self.path}")
         other.keys.append(self.headers["idempotency-key"])
+        other.shown.append(self.headers["authorization"])
         other.bodies.append(self.rfile.read(int(self.headers["content-length"] or 0)))
         answer = other.answers.pop(0)
         self.send_response(answer.status)
@@ -107,6 +116,24 @@ def test_it_tries_again_under_one_key(other: OtherServer, pauses: list[float]) -
     other.answers = [Answer(200, GOOD)]
     edit_over_http(other.url, b"image", "x")
     assert other.keys[-1] != key, "another request is another key"
+
+
+def test_a_status_shows_the_key_that_the_replicas_are_told_for(
+    other: OtherServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir, pid = Workdir.open(tmp_path), os.getpid()
+    write_state(
+        workdir,
+        ServeState(
+            state="up", url=other.url, model_version="1", aliases=(), pid=pid, began=began(pid), log=tmp_path / "log"
+        ),
+    )
+    monkeypatch.setenv(client.KEY_VARIABLE, "ie-1")
+    fleet = FleetStatus(versions=(), deployments=())
+    other.answers = [Answer(200, b"{}"), Answer(200, fleet.model_dump_json().encode())]
+    assert status(workdir).fleet == fleet
+    assert other.asked == ["GET /healthz", "GET /v1/status"]
+    assert other.shown[1] == "Bearer ie-1"
 
 
 def test_it_waits_as_long_as_the_server_asks(other: OtherServer, pauses: list[float]) -> None:
