@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def test_the_image_installs_the_tested_versions() -> None:
     installs = [rest for rest in values("RUN") if "pip install" in rest]
     assert installs
     assert all("--constraint constraints.txt" in rest for rest in installs)
+
+
+def test_image_and_cluster_have_what_settings_may_ask_for() -> None:
+    """As `state.url`, which gateways on several machines need, wants the package for Redis."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"]) - {"dev"}
+    cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    for command in (values("RUN")[-1], cluster["setup_commands"][-1]):
+        found = re.search(r"'\.\[(.+)\]'", command)
+        assert found, command
+        assert set(found[1].split(",")) == extras
 
 
 def test_the_image_gets_what_a_wheel_is_built_from() -> None:
