@@ -1,4 +1,4 @@
-"""Some hundred and sixty hostile requests against a gateway process: each a 4xx, little memory, the next edit fine."""
+"""A hundred and eighty hostile requests against a gateway process: each a 4xx, little memory, the next edit fine."""
 
 from __future__ import annotations
 
