@@ -351,6 +351,19 @@ def test_judging_and_deciding_before_there_is_a_model(insightedit: Any) -> None:
     insightedit("evaluate", "--set", "evaluation.scene=3").assert_one_sentence(2, "evaluation.scene", "scenes")
 
 
+def test_evaluate_says_on_how_many_scenes_it_would_judge(insightedit: Any, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    benchmark = "evaluation.benchmark={reader: reason-edit, options: {root: /data}}"
+    for scenes, settings in {
+        "200 scenes of shapes": [],
+        "7 scenes of shapes": ["evaluation.scenes=7"],
+        "all scenes of reason-edit": [benchmark],
+        "9 scenes of reason-edit": [benchmark, "evaluation.scenes=9"],
+    }.items():
+        sets = [word for setting in settings for word in ("--set", setting)]
+        assert scenes in insightedit("evaluate", tmp_path, "--dry-run", *sets).out
+
+
 @pytest.mark.parametrize("override", ["host", "=1", "bogus=1", "editor.bogus=1", "limits.steps=0", "editor=3"])
 def test_serve_refuses_wrong_settings(override: str, insightedit: Any) -> None:
     name = override.partition("=")[0] or override

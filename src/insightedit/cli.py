@@ -416,9 +416,11 @@ def evaluate(model: str, config: str, overrides: tuple[str, ...], dry_run: bool,
     judged = folder if (folder / "model_index.json").is_file() else Registry(open_workdir()).resolve(model)
     named = str(judged) if isinstance(judged, Path) else f"version {judged.version}"
     if dry_run:
+        from insightedit.platform.evaluation import least_scenes
+
         plan = {"model": named, "evaluation": run_config.evaluation}
         asked = run_config.evaluation
-        scenes = "all" if asked.scenes is None else str(asked.scenes)
+        scenes = asked.scenes or least_scenes(asked) or "all"
         emit(plan, as_json, lambda: [f"Would judge {named} on {scenes} scenes of {asked.benchmark.reader}."])
         return
     from insightedit.display import Display
