@@ -95,10 +95,16 @@ class BidirectionalInteraction(ModelMixin, ConfigMixin):
         self.frequencies = nn.Buffer(torch.randn(2, width // 2))
 
     def grid_positions(self, side: int) -> Tensor:
-        """Position features (1, W, G, G) of a square grid of `side` patches."""
-        centres = (torch.arange(side, device=self.frequencies.device, dtype=self.frequencies.dtype) + 0.5) / side
+        """Position features (1, W, G, G) of a square grid of `side` patches.
+
+        They are float32 under autocast too: angles of many turns leave bfloat16 no digits for their sines.
+        """
+        frequencies = self.frequencies.float()
+        centres = (torch.arange(side, device=frequencies.device) + 0.5) / side
         rows, columns = torch.meshgrid(centres, centres, indexing="ij")
-        angles = 2 * math.pi * (2 * torch.stack([columns, rows], dim=-1) - 1) @ self.frequencies
+        turns = 2 * torch.stack([columns, rows], dim=-1) - 1
+        # A sum of products: a matrix product would be autocast.
+        angles = 2 * math.pi * (turns[..., None] * frequencies).sum(dim=-2)
         return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None]
 
     def forward(self, queries: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
