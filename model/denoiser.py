@@ -42,7 +42,7 @@ class Denoising:
     first_row: Rows
     """Of `rows`: the instruction's, where the guidance has it."""
     latents: Tensor
-    """(1, 4, h, w), after `index` steps."""
+    """(1, 4, h, w), after `index` steps; float32 whatever the UNet is in, as many steps add up in them."""
     index: int = 0
     predicted: Tensor | None = None
     """What the last step took the finished latents to be; None before the first."""
@@ -111,7 +111,7 @@ class Denoiser:
         """
         own = make_scheduler(self._scheduler, scheduler)
         own.set_timesteps(num_inference_steps, device=source.device)
-        noise = _noise(source, generator) if latents is None else latents.to(source.device, source.dtype)
+        noise = _noise(source, generator) if latents is None else latents.to(source.device, torch.float32)
         rows = self._runner.rows(conditions, source, guidance.branches, image_branch_scale)
         return Denoising(
             guidance=guidance,
@@ -150,7 +150,8 @@ class Denoiser:
         scaled = [edit.scheduler.scale_model_input(edit.latents, time) for edit, time in zip(edits, times, strict=True)]
         deep = None if whole else torch.cat([_kept(edit)[:count] for edit, count in zip(edits, counts, strict=True)])
         shifts = torch.cat([self._runner.shifts(time) for time in times])
-        output, deep = self._runner(torch.cat(scaled), shifts, self._join(rows), deep)
+        joined = self._join(rows)
+        output, deep = self._runner(torch.cat(scaled).to(joined.static.dtype), shifts, joined, deep)
         results: list[tuple[Denoising, Tensor]] = []
         for edit, own, features in zip(edits, output.split(counts), deep.split(counts), strict=True):
             if whole and self._shortcuts.deep_every > 1:
@@ -159,7 +160,7 @@ class Denoiser:
         return results
 
     def _guided(self, edit: Denoising, output: Tensor) -> Tensor:
-        """The guidance's sum, of branches that have just run or have run before."""
+        """The guidance's sum in float32, of branches that have just run or have run before."""
         if edit.added is not None and not self._is_guided(edit):
             return output + edit.added
         total = edit.guidance.combine(output)
@@ -206,7 +207,7 @@ def _predicted(scheduler: Any, result: Any) -> Tensor:
 def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Noise (1, 4, h, w), drawn in float32 on the generator's device so that a seed means the same everywhere."""
     device = generator.device if generator is not None else like.device
-    return torch.randn(like.shape, generator=generator, device=device).to(like.device, like.dtype)
+    return torch.randn(like.shape, generator=generator, device=device).to(like.device)
 
 
 def _step_arguments(scheduler: Any, eta: float, generator: torch.Generator | None) -> dict[str, Any]:

@@ -64,9 +64,12 @@ class Guidance:
         return tuple(name for name, weight in weights.items() if weight != 0)
 
     def combine(self, outputs: Tensor) -> Tensor:
-        """Outputs (branches * B, ...) of the denoiser, branch by branch, to (B, ...)."""
+        """Outputs (branches * B, ...) of the denoiser, branch by branch, to (B, ...) in float32.
+
+        In bfloat16 the sum of large weights, which nearly cancel, would be off by eight times its rounding.
+        """
         weights = {"text": self.text, "image": self.image - self.text, "none": 1 - self.image}
-        chunks = outputs.chunk(len(self.branches))
+        chunks = outputs.float().chunk(len(self.branches))
         total = weights[self.branches[0]] * chunks[0]
         for name, chunk in zip(self.branches[1:], chunks[1:], strict=True):
             total = total + weights[name] * chunk
