@@ -184,6 +184,7 @@ class InsightEditModel(nn.Module):
         self.diffusion = diffusion
         self.noise_scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.query_variance = torch.zeros(())
+        self._settled: tuple[nn.Module, ...] = ()
         # Not a submodule: the frozen encoders are no part of what is trained and kept in checkpoints.
         object.__setattr__(self, "_pipeline", pipeline)
 
@@ -197,8 +198,17 @@ class InsightEditModel(nn.Module):
         stage = STAGES[number]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(part_of(name) in stage.trains)
+        self._settled = ()
         if number == 3:
+            self._settled = tuple(part for part in (self.mllm, self.qformer, self.bim) if part is not None)
             self.unet.start_image_branch()
+
+    def train(self, mode: bool = True) -> InsightEditModel:
+        """As of any module, but that what stage 3 leaves alone conditions as in an edit: nothing of it drops out."""
+        super().train(mode)
+        for part in self._settled:
+            part.eval()
+        return self
 
     def forward(self, batch: Mapping[str, Tensor], stage: int) -> dict[str, LossTerm]:
         """The losses of a stage's equation, by their names in the seed."""

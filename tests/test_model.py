@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,12 +14,13 @@ import torch.nn.functional as F
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from insightedit.model.attention import use_plain_attention
 from insightedit.model.configuration import ModelConfig
+from insightedit.model.denoiser import Denoiser
 from insightedit.model.encoders import squared, to_pixels
-from insightedit.model.guidance import Guidance
+from insightedit.model.guidance import EditConditions, Guidance
 from insightedit.model.insightedit import InsightEditModel, build_pipeline, draw_noise
 from insightedit.model.losses import mm_token_loss, squared_error
 from insightedit.model.mllm import hidden_states
@@ -109,6 +111,24 @@ def test_each_stage_gives_the_terms_of_its_equation(model: InsightEditModel, pip
         assert tuple(model(batch, number)) == stage.losses
 
 
+def test_what_stage_3_leaves_alone_drops_nothing_out(config: ModelConfig) -> None:
+    dropping = replace(
+        config, qformer=replace(config.qformer, dropout=0.5), lora=replace(config.lora, rank=2, dropout=0.5)
+    )
+    pipeline = build_pipeline(dropping)
+    batch = make_batch(pipeline)
+    model = InsightEditModel(pipeline, dropping.lora, dropping.diffusion)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    for stage, repeats in ((2, False), (3, True)):
+        model.begin_stage(stage)
+        model.train()
+        first, second = (model(batch, stage)["L_IAA"].values for _ in range(2))
+        assert first.equal(second) is repeats
+    assert model.unet.training, "or its activations would not be checkpointed"
+
+
 def test_an_untrained_bim_leaves_the_unet_as_it_was(pipeline: InsightEditPipeline) -> None:
     unet: InsightEditUNet = pipeline.unet
     queries, patches = torch.randn(2, tiny_models.TEXT_LENGTH, 16), torch.randn(2, 16, 16)
@@ -188,6 +208,17 @@ def test_stage_3_begins_with_the_texts_keys_and_values(model: InsightEditModel) 
 def _branch_equals_text(model: InsightEditModel) -> list[bool]:
     layers = model.unet.cross_attentions().values()
     return [layer.processor.to_k_img.weight.equal(layer.to_k.weight) for layer in layers]
+
+
+def test_positions_of_patches_are_exact_under_autocast(pipeline: InsightEditPipeline) -> None:
+    bim = pipeline.bim
+    assert bim is not None
+    centres = (torch.arange(16, dtype=torch.float64) + 0.5) / 16 * 2 - 1
+    places = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), dim=-1)
+    angles = 2 * torch.pi * places @ bim.frequencies.double()
+    expected = torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(bim.grid_positions(16), expected, rtol=0, atol=1e-4)
 
 
 def test_v_is_added_after_the_first_convolution(pipeline: InsightEditPipeline) -> None:
@@ -419,6 +450,27 @@ def test_guidance_leaves_out_only_what_weighs_nothing(text: float, image: float)
     guidance = Guidance(text, image)
     given = torch.cat([outputs[name] for name in guidance.branches])
     torch.testing.assert_close(guidance.combine(given), expected)
+
+
+def test_guidance_adds_up_in_float32_whatever_the_unet_is_in(pipeline: InsightEditPipeline) -> None:
+    outputs = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    combined = Guidance(7.5, 1.5).combine(outputs)
+    torch.testing.assert_close(combined, Guidance(7.5, 1.5).combine(outputs.float()), rtol=0, atol=0)
+    unet: Any = nn.Module.to(pipeline.unet, torch.bfloat16)
+    texts = torch.randn(2, 12, 16, dtype=torch.bfloat16)
+    denoiser = Denoiser(unet, pipeline.scheduler)
+    source = torch.zeros(1, 4, 4, 4, dtype=torch.bfloat16)
+    edit = denoiser.begin(
+        EditConditions(texts[:1], texts[1:]),
+        source,
+        num_inference_steps=2,
+        guidance=Guidance(7.5, 1.5),
+        generator=torch.Generator().manual_seed(0),
+    )
+    started = torch.randn(source.shape, generator=torch.Generator().manual_seed(0))
+    assert edit.latents.equal(started * edit.scheduler.init_noise_sigma), "a seed means the same in both"
+    denoiser.step([edit])
+    assert edit.latents.dtype == torch.float32
 
 
 def test_an_image_of_any_size_comes_back_at_its_size(pipeline: Any) -> None:
