@@ -297,7 +297,7 @@ class PromotionConfig(_Settings):
     task_margin: Share = 0.0
     """A task's VIEScore may be lower by this; with `not-worse`, by `margin` at least."""
     max_unjudged: Share = 0.02
-    """Share of cases that may lack a score for one of the two."""
+    """Share of cases that may lack a score for one of the two, or for a first champion."""
     max_latency_ratio: Annotated[float, Field(ge=0)] = 1.5
     """How many times as long as the champion's an edit may take; with 0 it is not measured."""
 

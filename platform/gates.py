@@ -181,7 +181,7 @@ def decide(
     Args:
         version: the evaluation of what wants to be champion.
         champion: that of the champion, on the same cases and seeds; None where there is none, and then only minimum
-            scores are asked for.
+            scores are asked for, and that they are of nearly all cases.
         config: the gates' bounds.
 
     Raises:
@@ -189,9 +189,10 @@ def decide(
     """
     verdicts = [_minimum(name, least, version) for name, least in config.minimum_scores().items()]
     if champion is None:
-        return verdicts
+        unjudged = sum(score(one) is None for one in version)
+        return [*verdicts, _judged(unjudged, len(version), "", config)] if unjudged else verdicts
     pairs = paired(version, champion)
-    judged = _judged(pairs, config)
+    judged = _judged(pairs.unjudged, len(version), " for one of the two", config)
     if not pairs.cases:
         return [*verdicts, judged]
     return [*verdicts, judged, _compared(pairs, config), *_tasks(pairs, config)]
@@ -240,13 +241,13 @@ def _named(name: str, result: CaseResult) -> float | None:
     return counted(result, name) if name in SCORES else result.metrics.get(name)
 
 
-def _judged(pairs: Pairs, config: PromotionConfig) -> Verdict:
-    """Whether enough cases can be compared: else a version could win by what the judge left out."""
-    share = pairs.unjudged / (pairs.unjudged + len(pairs.cases))
+def _judged(unjudged: int, cases: int, whose: str, config: PromotionConfig) -> Verdict:
+    """Whether enough cases have scores: else a version could win by what the judge left out."""
+    share = unjudged / cases
     return Verdict(
         gate="judged",
         passed=share <= config.max_unjudged,
-        found=f"{share:.1%} of the cases have no score for one of the two, and {config.max_unjudged:.1%} is the most",
+        found=f"{share:.1%} of the cases have no score{whose}, and {config.max_unjudged:.1%} is the most",
         figures={"unjudged": share, "most": config.max_unjudged},
     )
 

@@ -115,6 +115,9 @@ def test_the_first_champion_needs_minimum_scores_only() -> None:
     assert refused(decide(even_table(0.5), None, GATE)) == ["minimum"], "a copy of the source is no champion"
     (verdict,) = decide(even_table(0.6), None, GATE)
     assert (verdict.passed, verdict.figures) == (True, {"viescore": pytest.approx(0.6), "least": 0.5})
+    unjudged = [replace(one, viescore=None, failure="judge refused: no answer") for one in even_table(0.6)[:3]]
+    assert refused(decide([*unjudged, *even_table(0.6)[3:]], None, GATE)) == ["judged"], "of 80 cases"
+    assert refused(decide([*unjudged[:1], *even_table(0.6)[1:]], None, GATE)) == []
 
 
 def test_other_minimum_scores_can_be_asked_for() -> None:
