@@ -128,6 +128,9 @@ class ModelConfig:
     conditioning: Literal["mllm", "text"] = "mllm"
     """Who reads the instruction: the language model with the bridging module, or the diffusion model's own frozen text
     encoder alone. The latter is InstructPix2Pix: stage 2 trains its UNet, and there are no other stages."""
+    scheduler: Literal["ddim", "euler", "euler_a", "dpm++"] | None = None
+    """How an edit denoises where the caller says nothing, see `insightedit.model.schedulers`; as the diffusion model's
+    own files say if None."""
     resolution: int = 256
     """Side in pixels of the square whose area an edited image has inside the model."""
     num_mm_tokens: int = 32

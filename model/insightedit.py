@@ -17,6 +17,7 @@ from insightedit.model.losses import LossTerm, mm_token_loss, squared_error
 from insightedit.model.memory import halve
 from insightedit.model.mllm import MultimodalTokens, add_lora, hidden_states, token_logits, without_lora
 from insightedit.model.pipeline import SHARD_SIZE, InsightEditPipeline
+from insightedit.model.schedulers import make_scheduler
 from insightedit.model.stages import STAGES, part_of
 from insightedit.model.unet import AttentionContext, InsightEditUNet
 from insightedit.model.weights import (
@@ -44,6 +45,7 @@ def build_pipeline(
     diffusion = load_diffusion(config.sources, dtype)
     channels = 2 * diffusion["vae"].config.latent_channels
     diffusion["unet"] = InsightEditUNet.from_unet(diffusion["unet"], in_channels=channels)
+    diffusion["scheduler"] = make_scheduler(diffusion["scheduler"], config.scheduler)
     image_encoder: Any = load_image_encoder(config.sources, dtype)
     if config.conditioning == "text":
         return join_text_parts(config, diffusion, image_encoder)

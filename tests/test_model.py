@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from PIL import Image
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from insightedit.model.pipeline import (
 from insightedit.model.schedulers import SCHEDULERS, make_scheduler
 from insightedit.model.stages import STAGES, part_of
 from insightedit.model.unet import AttentionContext, DecoupledCrossAttention, InsightEditUNet
+from insightedit.platform.config import load_preset
 from insightedit.serve.schema import SchedulerName
 
 
@@ -433,6 +435,27 @@ def test_an_edit_may_choose_its_scheduler(pipeline: Any) -> None:
     assert edit(pipeline).equal(edit(pipeline, scheduler=None))  # and the others have left nothing behind
     with pytest.raises(ValueError, match="scheduler is 'fast'; use one of ddim, euler, euler_a, dpm"):
         edit(pipeline, scheduler="fast")
+
+
+def test_a_config_may_choose_how_edits_denoise(config: ModelConfig, tmp_path: Path) -> None:
+    shutil.copytree(config.sources.diffusion, tmp_path / "diffusion")
+    # Stable Diffusion's own files name PNDM, which takes 101 steps for 100.
+    own = PNDMScheduler(beta_schedule="scaled_linear", beta_end=0.012, skip_prk_steps=True, steps_offset=1)
+    own.save_pretrained(tmp_path / "diffusion/scheduler")
+    index = tmp_path / "diffusion/model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "PNDMScheduler"))
+    sources = replace(config.sources, diffusion=str(tmp_path / "diffusion"))
+    assert type(build_pipeline(replace(config, sources=sources)).scheduler) is PNDMScheduler
+    pipeline = build_pipeline(replace(config, sources=sources, scheduler="euler_a"))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    loaded: Any = load_pipeline(tmp_path / "pipeline")
+    assert type(loaded.scheduler) is SCHEDULERS["euler_a"]
+    for name in ("beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset", "timestep_spacing"):
+        assert loaded.scheduler.config[name] == own.config[name]
+    assert edit(loaded).isfinite().all()
+    names, _ = get_args(get_type_hints(ModelConfig)["scheduler"])
+    assert set(get_args(names)) == set(SCHEDULERS)
+    assert load_preset("sd15-llava7b").model.scheduler == "euler_a"
 
 
 def test_no_scheduler_clips_latents() -> None:
