@@ -246,7 +246,7 @@ class MetricsConfig(_Settings):
     lpips: str | None = None
     """Folder with LPIPS's weights: torchvision's of the network, and the authors' of the linear layers."""
     network: Literal["vgg", "alex", "squeeze"] = "alex"
-    """LPIPS's network."""
+    """LPIPS's network; SmartEdit's tables are by `squeeze`."""
     clip: str | None = None
     """Folder of a `CLIPModel`, for the CLIP score of the edited region and for CLIP-I."""
     dino: str | None = None
