@@ -32,13 +32,14 @@ class PromptEncoder:
             max_length: length of every row.
 
         Raises:
-            ValueError: the image alone needs more than `max_length`.
+            ValueError: the image alone needs more than `max_length`, or a batch of images has no row for each.
         """
         self.num_mm_tokens = num_mm_tokens
         self.max_length = max_length
         self._tokenizer = processor.tokenizer
         self._image_processor = processor.image_processor
         self._side = _image_side(self._image_processor)
+        _check_rows(self._image_processor)
         user = [{"type": "image"}, {"type": "text", "text": _MARK}]
         template: str = processor.apply_chat_template([{"role": "user", "content": user}], add_generation_prompt=True)
         before, _, after = template.partition(_MARK)
@@ -97,6 +98,21 @@ class PromptEncoder:
         square = (squared(pixels, self._side) * 255).round().to(torch.uint8)
         images = [Image.fromarray(np.ascontiguousarray(array)) for array in square.permute(0, 2, 3, 1).numpy()]
         return dict(self._image_processor(images=images, return_tensors="pt"))
+
+
+def _check_rows(image_processor: Any) -> None:
+    """Check that images are rows of what a processor gives: batches are cut into rows.
+
+    Raises:
+        ValueError: they are not.
+    """
+    blank = Image.new("RGB", (64, 64))
+    given: dict[str, Tensor] = dict(image_processor(images=[blank, blank], return_tensors="pt"))
+    if joined := [name for name, x in given.items() if len(x) != 2]:
+        raise ValueError(
+            f"model.sources.mllm has an image processor that puts the patches of all images into one list"
+            f" ({joined[0]}), as Qwen2-VL's does; choose a model with a row for each image, such as LLaVA."
+        )
 
 
 def _image_side(image_processor: Any) -> int:

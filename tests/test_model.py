@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffusers import EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionMode
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from PIL import Image
 from torch import Tensor, nn
+from transformers import Qwen2VLImageProcessorPil
 
 from insightedit.model.attention import use_plain_attention
 from insightedit.model.configuration import ModelConfig
@@ -32,6 +34,7 @@ from insightedit.model.pipeline import (
     load_editor,
     load_pipeline,
 )
+from insightedit.model.prompts import PromptEncoder
 from insightedit.model.schedulers import SCHEDULERS, make_scheduler
 from insightedit.model.stages import STAGES, part_of
 from insightedit.model.unet import AttentionContext, DecoupledCrossAttention, InsightEditUNet
@@ -507,6 +510,12 @@ def test_images_are_made_square_whole() -> None:
     pixels = torch.zeros(1, 3, 8, 32, dtype=torch.uint8)
     pixels[..., -8:] = 255  # a crop to the middle would lose it
     assert squared(pixels, 8)[..., -1].min() > 0.9
+
+
+def test_a_language_model_without_a_row_for_each_image_is_refused() -> None:
+    processor = SimpleNamespace(tokenizer=tiny_models.make_tokenizer(64), image_processor=Qwen2VLImageProcessorPil())
+    with pytest.raises(ValueError, match=r"into one list \(pixel_values\), as Qwen2-VL's does; choose"):
+        PromptEncoder(processor, num_mm_tokens=4, max_length=64)
 
 
 def test_what_is_missing_is_named(pipeline: InsightEditPipeline) -> None:
