@@ -61,6 +61,9 @@ class _OurEditor:
         images = [Image.fromarray(source) for source in sources]
         output = self._pipeline(list(instructions), images, generator=_generators(seeds), output_type="pt")
         edits: Tensor = output.images
+        if not torch.isfinite(edits).all():
+            # As bytes, what is no number is black, and would be judged like any picture.
+            raise ValueError("the edit came to values that are not numbers; look at the model's weights")
         if edits.shape[2:] != sources[0].shape[:2]:  # the model's own size; a picture is judged at its own
             edits = F.interpolate(edits, sources[0].shape[:2], mode="bicubic", antialias=True).clamp(0, 1)
         return list((edits.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8))

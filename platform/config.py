@@ -270,7 +270,7 @@ class EvaluationConfig(_Settings):
     scenes: Count | None = None
     """How many source pictures; None takes all that a benchmark has, and of shapes, which has no end, 200."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the edits' noise, and of the scenes of shapes."""
+    """Of the edits' noise; of shapes, of the scenes, whose number is the noise's seed."""
     batch: Count = 16
     """Edits at a time, in each process."""
     replicas: Count | None = None

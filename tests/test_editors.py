@@ -31,6 +31,7 @@ from insightedit.jobs.evaluate import EditorPool, editor_pool, evaluate_quickly
 from insightedit.jobs.latency import measure_latency
 from insightedit.model.editors import Picture, load_editor_of
 from insightedit.model.insightedit import build_pipeline
+from insightedit.model.pipeline import InsightEditPipeline
 from insightedit.platform.cases import EditCase, Unmade
 from insightedit.platform.config import EvaluationConfig, RunConfig, load_preset
 from insightedit.platform.edit_cache import EditCache
@@ -186,6 +187,15 @@ def test_only_what_cannot_be_made_is_lost(pool: EditorPool, pipeline: Path, case
         assert np.array_equal(np.asarray(edits[place]), _alone(pipeline, [hard[place]])[0]), "made by itself"
     with pytest.raises(InsightEditError, match=r"The edits of .* failed: .*tokens; this model reads"):
         pool.edit(pipeline, [hard[1]])
+
+
+def test_an_edit_of_no_numbers_is_not_made(pipeline: Path, cases: list[EditCase], tmp_path: Path) -> None:
+    broken: Any = InsightEditPipeline.from_pretrained(pipeline)
+    torch.nn.init.constant_(broken.unet.conv_out.weight, float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    case = cases[0]
+    with pytest.raises(ValueError, match="values that are not numbers; look at the model's weights"):
+        load_editor_of(tmp_path / "broken").edit([case.instruction], [np.asarray(case.source)], [case.seed])
 
 
 def test_the_figures_are_those_of_the_edits(
