@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,12 +151,14 @@ def test_a_replica_that_is_killed_is_started_again(pool: EditorPool, pipeline: P
     killed: list[int] = []
 
     def kill(done: int, total: int) -> None:
-        running = [
-            one for one in psutil.Process().children(recursive=True) if "PipelineActor" in " ".join(one.cmdline())
-        ]
-        if not killed:
-            running[0].send_signal(signal.SIGKILL)
-            killed.append(running[0].pid)
+        if killed:
+            return
+        for one in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # others of Ray's come and go
+                if "PipelineActor" in " ".join(one.cmdline()):
+                    one.send_signal(signal.SIGKILL)
+                    killed.append(one.pid)
+                    return
 
     other = [replace(case, seed=case.seed + 100) for case in cases]
     edits = pool.edit(pipeline, other, kill)
