@@ -97,6 +97,8 @@ def construct(work: Construction) -> Iterator[Progress]:
             yield Progress(len(done) + count, len(blocks), photos, pairs)
     except RayError as error:
         raise InsightEditError(f"Construction failed: {cause_of(error)}") from error
+    # Tasks of a run that was stopped may have outlived it, and left torn files since this one began.
+    work.store.remove_torn()
 
 
 def plan_of(config: ConstructionConfig, blocks: int) -> dict[str, Any]:
