@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Final, Generic, Literal, TypeVar
 
@@ -479,22 +480,23 @@ def compound_question(scene: Scene, rng: random.Random, *, hard: bool = False) -
         rng: what draws.
         hard: ask of pairs too, and of most shapes by the forms of `COMPARING`.
     """
+    ask_shapes = partial(_ask_shapes, hard=hard)
     topics = rng.choice(
         (
-            (_ask_shape,),
+            (ask_shapes,),
             (_ask_place,),
-            (_ask_shape, _ask_place),
-            (_ask_shape, _ask_thing),
-            (_ask_shape, _ask_colour),
+            (ask_shapes, _ask_place),
+            (ask_shapes, _ask_thing),
+            (ask_shapes, _ask_colour),
             (_ask_thing, _ask_place),
         )
     )
-    asked = [ask(scene, rng, hard) for ask in rng.sample(topics, len(topics))]
+    asked = [ask(scene, rng) for ask in rng.sample(topics, len(topics))]
     return " and ".join(question for question, _ in asked), " and ".join(answer for _, answer in asked)
 
 
-def _ask_shape(scene: Scene, rng: random.Random, hard: bool) -> tuple[str, str]:
-    """Which shapes a name stands for or, as often, a phrase."""
+def _ask_shapes(scene: Scene, rng: random.Random, *, hard: bool) -> tuple[str, str]:
+    """Which shapes a name stands for or, as often or with `hard` more often, a phrase."""
     forms = {form: find for form, find in SHAPES_FORMS.items() if hard or form != "pair"}
     phrase = _draw_phrase(forms, scene, rng, hard=hard) if rng.random() < (0.8 if hard else 0.5) else None
     if phrase is None:
@@ -502,7 +504,7 @@ def _ask_shape(scene: Scene, rng: random.Random, hard: bool) -> tuple[str, str]:
     return f"which is {phrase.say(rng)}", " and ".join(describe(shape) for shape in phrase.answer)
 
 
-def _ask_place(scene: Scene, rng: random.Random, _hard: bool) -> tuple[str, str]:
+def _ask_place(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """Where a place is, which is said or needs reasoning."""
     phrase = _draw_phrase(PLACE_FORMS, scene, rng) if rng.random() < 0.4 else None
     if phrase is None:
@@ -511,7 +513,7 @@ def _ask_place(scene: Scene, rng: random.Random, _hard: bool) -> tuple[str, str]
     return f"where is {phrase.say(rng)}", PLACES[phrase.answer]
 
 
-def _ask_colour(scene: Scene, rng: random.Random, _hard: bool) -> tuple[str, str]:
+def _ask_colour(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """What a colour is, which is said or, as often, needs reasoning."""
     phrase = _draw_phrase(COLOUR_FORMS, scene, rng) if rng.random() < 0.5 else None
     if phrase is None:
@@ -520,7 +522,7 @@ def _ask_colour(scene: Scene, rng: random.Random, _hard: bool) -> tuple[str, str
     return f"what is {phrase.say(rng)}", phrase.answer
 
 
-def _ask_thing(scene: Scene, rng: random.Random, _hard: bool) -> tuple[str, str]:
+def _ask_thing(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """What a shape of a size, a colour and a kind is: large unless it is said, its kind at times by what it is for."""
     phrase = rng.choice(list(_new_kind(scene))) if rng.random() < 0.4 else None
     kind = phrase.answer if phrase else rng.choice(KINDS)
