@@ -111,7 +111,7 @@ def test_a_task_that_falls_is_found_though_all_the_rest_gains() -> None:
     assert refused(decide(version, champion, PromotionConfig(task_margin=0.35))) == []
 
 
-def test_the_first_champion_needs_minimum_scores_only() -> None:
+def test_the_first_champion_needs_minimum_scores_of_nearly_all_cases() -> None:
     assert refused(decide(even_table(0.5), None, GATE)) == ["minimum"], "a copy of the source is no champion"
     (verdict,) = decide(even_table(0.6), None, GATE)
     assert (verdict.passed, verdict.figures) == (True, {"viescore": pytest.approx(0.6), "least": 0.5})
