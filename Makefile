@@ -25,7 +25,7 @@ quickstart: $(INSTALLED)  ## The whole path, from images to a served edit; ARGS=
 	$(BIN)/insightedit quickstart $(ARGS)
 
 test: $(INSTALLED)  ## The tests that every change must pass
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(INSTALLED)  ## The tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
