@@ -45,6 +45,7 @@ class FoundationRecipe:
     mllm: Fit = field(default_factory=lambda: Fit(steps=9000, batch=16, learning_rate=3e-3, weight_decay=0.01))
     mllm_tuning: Fit = field(default_factory=lambda: Fit(steps=2400, batch=16, learning_rate=2e-3, weight_decay=0.01))
     mllm_hard: Fit = field(default_factory=lambda: Fit(steps=3200, batch=16, learning_rate=2e-3, weight_decay=0.01))
+    mllm_hard_rounds: int = 2
     validation_scenes: int = 256
 
     def scaled(self, share: float) -> FoundationRecipe:
@@ -173,11 +174,11 @@ def _build_mllm(out: Path, recipe: FoundationRecipe) -> dict[str, Any]:
     pictures = Pictures.draw(recipe.scenes, recipe.seed + 1)
     tokenizer = parts.build_tokenizer(512, ends=False)
     mllm: Any = parts.train_mllm(pictures, tokenizer, recipe.mllm, _say)
-    for seed, how, hard in ((2, recipe.mllm_tuning, False), (3, recipe.mllm_hard, True)):
+    tunings = [(recipe.mllm_tuning, False), *[(recipe.mllm_hard, True)] * recipe.mllm_hard_rounds]
+    for seed, (how, hard) in enumerate(tunings, recipe.seed + 2):
         # Rounded to what half precision can say: tuning goes on just as well from a stored model.
         mllm = mllm.half().float()
-        torch.manual_seed(recipe.seed + seed)
-        parts.tune_mllm(mllm, pictures, tokenizer, how, _say, hard=hard)
+        parts.tune_mllm(mllm, pictures, tokenizer, how, _say, hard=hard, seed=seed)
     mllm = _stored(mllm, out / "mllm")
     processor = LlavaProcessor(
         image_processor=parts.image_processor(),

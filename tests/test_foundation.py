@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModelWithProjection
 
 from insightedit.jobs.foundation import REPORT, FoundationRecipe, build_foundation
-from insightedit.jobs.foundation_parts import QUIET, quieten
+from insightedit.jobs.foundation_parts import QUIET, Muon, quieten
 from insightedit.model.configuration import ModelConfig, QFormerConfig, SourcesConfig
 from insightedit.model.insightedit import build_pipeline
 from insightedit.platform.config import PRESETS
@@ -104,3 +104,23 @@ def test_the_shipped_foundation_is_whole_and_small() -> None:
     assert quality["clip"]["best_of_16"] >= 0.9
     assert quality["unet"]["best_of_16"] >= 0.9
     assert min(quality["mllm"].values()) >= 0.9
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.0), (torch.float32, 0.05)])
+def test_muon_steps_as_pytorchs_own(dtype: torch.dtype, tolerance: float) -> None:
+    """To the bit in bfloat16; in float32 within what bfloat16 rounds away."""
+    torch.manual_seed(0)
+    begun = [torch.randn(24, 40), torch.randn(40, 24), torch.randn(32, 32)]
+    ours, theirs = ([matrix.clone().requires_grad_() for matrix in begun] for _ in range(2))
+    muon = Muon(ours, 0.1, dtype)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        muon.step(0.02)
+        reference.step()
+    for mine, other, first in zip(ours, theirs, begun, strict=True):
+        moved = (other - first).norm()
+        assert moved > 0.01 * first.norm()
+        assert (mine - other).norm() <= tolerance * moved
