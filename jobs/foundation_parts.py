@@ -450,7 +450,8 @@ def tune_mllm(
     """Train a language model on, in place, to answer two questions in one, and to know its answer at once.
 
     Of half the answers it is not told the words before: at their places stand vectors that are no words. It must say
-    at its [MM] tokens what a request comes to, and those begin as the same. `hard` is as `compound_question` takes it.
+    at its [MM] tokens what a request comes to, and those begin as the same. `hard` is as `compound_question` takes it;
+    pictures, questions and what is left untold follow from `seed`.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed + 2)

@@ -24,7 +24,7 @@ os.environ.update(
 )
 
 # Minutes each. They come first, so that two processes, each with a file at a time, end together.
-LONG = (
+LONG = {
     "test_training.py",
     "test_elastic.py",
     "test_bad_steps.py",
@@ -35,7 +35,7 @@ LONG = (
     "test_submit.py",
     "test_chaos.py",
     "test_batch.py",
-)
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
