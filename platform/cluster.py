@@ -83,6 +83,7 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> None:
 def for_many_actors(cpus: int) -> dict[str, Any]:
     """Arguments of `ray.init` for a local Ray of more logical CPUs than the machine has.
 
-    It would warn of every pair of processes beyond the machine's own CPUs, of which there are meant to be many.
+    It would warn of every pair of processes beyond the machine's own CPUs, of which there are meant to be many, and
+    start one for each logical CPU before there is work for it.
     """
-    return {"_system_config": {"worker_maximum_startup_concurrency": cpus}}
+    return {"_system_config": {"worker_maximum_startup_concurrency": cpus, "prestart_worker_first_driver": False}}

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from insightedit.cli import QUIET
+from insightedit.cli import ENVIRONMENT
 
 # Set before torch, ray or mlflow are imported; Ray's workers inherit them.
 os.environ.update(
     {
-        **QUIET,
+        **ENVIRONMENT,
         "HF_HUB_OFFLINE": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MPLBACKEND": "Agg",
         "OMP_NUM_THREADS": "1",
+        "RAY_prestart_worker_first_driver": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -81,7 +81,7 @@ def rollout(url: str) -> RolloutStatus | None:
     return None if status is None else RolloutStatus.model_validate(status)
 
 
-def ended(url: str, version: str, seconds: float = 120.0) -> RolloutStatus:
+def ended(url: str, version: str, seconds: float = 400.0) -> RolloutStatus:
     """The rollout of a version, once it is over."""
     deadline = time.monotonic() + seconds
     while True:

@@ -190,6 +190,7 @@ def check_goodput(training: TrainingPlan) -> None:
         assert result.figures["seconds"] == pytest.approx(sum(point["seconds"] for point in points))
 
 
+@pytest.mark.slow
 def test_offload_and_averages_are_exact_and_resume_to_the_bit(tmp_path: Path, ray_cluster: None) -> None:
     stages = {
         1: {"steps": 5, "offload": "optimizer", "ema_decay": 0.4},

@@ -205,6 +205,7 @@ def check_samples(training: TrainingPlan, seeds: Path, worlds: list[int]) -> lis
     return began
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_more_workers(tmp_path: Path) -> None:
     mark, seeds = tmp_path / "killed", tmp_path / "seeds"
     stage = {"steps": 8, "checkpoint_every": 2, "zero": 3}

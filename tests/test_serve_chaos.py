@@ -191,7 +191,7 @@ def storm(served: Served, kinds: list[str], pause: float) -> dict[str, int]:
     return {"kills": len(kinds), "wrong_jobs": wrong, **load.counts(expected)}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_a_short_storm_loses_and_doubles_nothing(served: Served) -> None:
     counts = storm(served, [*KINDS], pause=3)
     assert counts.pop("requests") > 0

@@ -27,7 +27,7 @@ from insightedit.serve.engine import ConditionEngine, EditEngine, partial_steps
 from insightedit.serve.replicas import Conditioner, Editor
 from insightedit.serve.settings import EngineSettings, ServeSettings
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 SETTINGS = EngineSettings(max_batch=4)
 CLOSE = 2  # of 255, by which edits in free batches may differ
 

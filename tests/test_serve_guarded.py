@@ -24,7 +24,7 @@ from insightedit.serve.deployment import down, up
 from insightedit.serve.keys import Allowance, KeyStore
 from insightedit.serve.settings import Destinations, Limits, ServeSettings
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 
 
 class Outside(ThreadingHTTPServer):

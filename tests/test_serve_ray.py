@@ -44,7 +44,7 @@ from insightedit.serve.job_client import JobClient
 from insightedit.serve.settings import ServeSettings, read_settings
 from insightedit.serve.state_store import open_store
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 # Whether a version is slower is for the tests on a quiet machine.
 QUICK_ROLLOUT = [
     "rollout.poll_seconds=0.2",
@@ -318,7 +318,7 @@ def test_overload_is_answered_with_429_and_passes(served: Served) -> None:
 
 def test_versions_come_and_go_under_load_and_nobody_notices(served: Served, tmp_path: Path) -> None:
     url, registry = served_url(served.workdir), Registry(served.workdir)
-    load = Load(url, png(picture()), {"prompt": PROMPT + " and make it blue", "num_inference_steps": "2"}, rate=6)
+    load = Load(url, png(picture()), {"prompt": PROMPT + " and make it blue", "num_inference_steps": "2"}, rate=4)
     # It reads the first edits' short instructions, and not those of these users.
     broken = register(served.workdir, served.folder, tmp_path, of_index(prompt_length=45)).version
     good = register(served.workdir, served.folder, tmp_path, of_index(guidance_scale=3.0)).version
@@ -328,14 +328,14 @@ def test_versions_come_and_go_under_load_and_nobody_notices(served: Served, tmp_
         begun = time.monotonic()
         registry.promote(good)
         full = ended(url, good)
-        time.sleep(1)  # Gateways look for another table four times a second.
+        time.sleep(3)  # Gateways look for another table four times a second.
         settled = time.monotonic()
         time.sleep(1)
         assert status(served.workdir).model_version == good
         asked = time.monotonic()
         registry.rollback(reason="a test")
         last = ended(url, "1")
-        time.sleep(1)
+        time.sleep(3)
         back = time.monotonic()
         time.sleep(1)
     assert (out.state, full.state) == ("rolled_back", "full"), (out, full)

@@ -134,7 +134,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_it_sleeps_and_the_first_request_waits_for_it(sleepy: Served) -> None:
     def ask() -> bool:
         for path in ("readyz", "healthz", "v1/status", "v1/models"):
@@ -150,7 +150,7 @@ def test_it_sleeps_and_the_first_request_waits_for_it(sleepy: Served) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_each_deployment_grows_with_its_own_queue(sleepy: Served) -> None:
     stop = threading.Event()
 
@@ -174,7 +174,7 @@ net_connections: Any = psutil.net_connections  # Its type does not know that an 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_haproxy_listens_in_place_of_serves_proxy(tmp_path: Path) -> None:
     workdir = Workdir.open(tmp_path / "work")
     folder = register_champion(workdir, tmp_path)

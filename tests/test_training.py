@@ -164,6 +164,7 @@ def test_two_workers_with_zero_reach_the_weights_of_one_process(tmp_path: Path, 
     assert told[-1].step == 12
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_nothing(tmp_path: Path, ray_cluster: None) -> None:
     stages = {1: {"steps": 9, "checkpoint_every": 4}, 2: {"steps": 9, "checkpoint_every": 4, "zero": 2}}
     config = toy.toy_config(stages, max_failures=1)
