@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from insightedit.platform.errors import InsightEditError, NotFoundError
-from insightedit.platform.manifests import FileEntry, sha256_file
+from insightedit.platform.manifests import FileEntry, hashed_on_disk, sha256_file, sync_folder
 from insightedit.platform.storage import Store, retried
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -65,8 +65,11 @@ def checkpoint_key(folder: Path) -> bytes:
         own = folder / f"{_KEY_NAME}.{uuid.uuid4().hex}"
         with os.fdopen(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
             stream.write(secrets.token_bytes(_KEY_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
         try:
             path.hardlink_to(own)
+            sync_folder(folder)  # Without the key, what it will have sealed is lost.
         except FileExistsError:
             pass
         finally:
@@ -182,7 +185,7 @@ class CheckpointStore:
         """
         own = self._own_folder(name, rank)
         self._patient(lambda: _written_anew(own, write))
-        files = {file: self._patient(partial(_hashed, own / file)) for file in _plain_files(own)}
+        files = {file: self._patient(partial(hashed_on_disk, own / file)) for file in _plain_files(own)}
         working = self._working(name)
         for file in files:
             self._patient(partial(working.take, own / file, file))
@@ -253,7 +256,7 @@ class CheckpointStore:
         """Make the names durable."""
         if self.place.path is not None:
             for folder in (self.place.path / name, self.place.path):
-                self._patient(partial(_sync_folder, folder))
+                self._patient(partial(sync_folder, folder))
 
     def _lists(self, name: str, working: Store, world: int) -> dict[str, FileEntry]:
         """The files of all ranks, as soon as all are there."""
@@ -485,13 +488,6 @@ def progress_name(rank: int) -> str:
     return f"progress-{rank}.json"
 
 
-def _hashed(path: Path) -> FileEntry:
-    """Size and sha256 of a file that is on the disk when this returns."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return FileEntry(path.stat().st_size, sha256_file(path))
-
-
 def _plain_files(folder: Path) -> dict[str, int]:
     """Bytes of each file below a folder, by relative path.
 
@@ -544,12 +540,3 @@ def _written_anew(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,22 @@ def sha256_file(path: Path) -> str:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def hashed_on_disk(path: Path) -> FileEntry:
+    """Size and sha256 of a file that is on the disk when this returns."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return FileEntry(path.stat().st_size, sha256_file(path))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def model_files(folder: Path) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -32,7 +33,7 @@ from insightedit.platform.config import RunConfig
 from insightedit.platform.elastic import CarefulScaling
 from insightedit.platform.errors import InsightEditError, NotFoundError, UsageError
 from insightedit.platform.leases import Lease
-from insightedit.platform.manifests import sha256_file
+from insightedit.platform.manifests import hashed_on_disk, sha256_file, sync_folder
 from insightedit.platform.shards import ShardManifest
 from insightedit.platform.storage import Store
 from insightedit.platform.streams import StageStream, StageStreams
@@ -323,16 +324,29 @@ def finish_stage(plan: TrainingPlan, weights: Mapping[str, Tensor], result: Mapp
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{WEIGHTS_NAME}.tmp"
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
-    done = StageResult(**result, weights=sha256_file(temporary))
+    done = StageResult(**result, weights=hashed_on_disk(temporary).sha256)
     temporary.replace(folder / WEIGHTS_NAME)
+    sync_folder(folder)
     write_json(folder / RESULT_NAME, asdict(done))
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a file so that readers see the old or the new one, never half of it."""
+def write_json(path: Path, content: object, *, durable: bool = True) -> None:
+    """Write a file so that readers see the old or the new one, never half of it.
+
+    Args:
+        path: of the file.
+        content: what JSON can hold.
+        durable: the new one is on the disk when this returns; for what is written again and again, it need not be.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(path)
+    if durable:
+        sync_folder(path.parent)
 
 
 def loss_names(number: int) -> tuple[str, ...]:

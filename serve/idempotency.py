@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Generator
@@ -36,11 +37,12 @@ logger = logging.getLogger(LOGGER)
 HEADER = "idempotency-key"
 REPLAYED_HEADER = "idempotent-replayed"
 MOST_CHARACTERS = 255
+_CHARACTERS = "[!-~]"
 KEY_PARAMETER: dict[str, Any] = {
     "name": "Idempotency-Key",
     "in": "header",
     "description": "Sent again under the same key, the same request is answered with the same images and edited once.",
-    "schema": {"type": "string", "minLength": 1, "maxLength": MOST_CHARACTERS, "pattern": "^[!-~]+$"},
+    "schema": {"type": "string", "minLength": 1, "maxLength": MOST_CHARACTERS, "pattern": f"^{_CHARACTERS}+$"},
 }
 """What the OpenAPI document says of it."""
 IMAGES_PART = 0.5
@@ -62,8 +64,8 @@ def key_of(headers: Headers) -> str | None:
     keys = headers.getlist(HEADER)
     if not keys:
         return None
-    if len(keys) > 1 or not 0 < len(keys[0]) <= MOST_CHARACTERS or not keys[0].isascii() or not keys[0].isprintable():
-        message = f"Idempotency-Key must be one of 1 to {MOST_CHARACTERS} printable ASCII characters, given once."
+    if len(keys) > 1 or not re.fullmatch(f"{_CHARACTERS}{{1,{MOST_CHARACTERS}}}", keys[0]):
+        message = f"Idempotency-Key must be 1 to {MOST_CHARACTERS} printable ASCII characters, no blanks, given once."
         raise ApiError(400, "invalid_value", message, "Idempotency-Key")
     return keys[0]
 

@@ -214,7 +214,7 @@ def test_what_is_refused_for_its_fields_leaves_the_key_free(tmp_path: Path) -> N
     run(story, tmp_path)
 
 
-@pytest.mark.parametrize("key", ["", "x" * 256, "t\tb", "\u00e9"])
+@pytest.mark.parametrize("key", ["", "x" * 256, "t\tb", "a b", "\u00e9"])
 def test_what_cannot_be_a_key_is_named(tmp_path: Path, key: str) -> None:
     async def story(one: Site, other: Site) -> None:
         headers = [(b"idempotency-key", key.encode())]
