@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import psutil
 
-START_SECONDS = 240.0
+START_SECONDS = 400.0
 
 
 def free_port() -> int:
