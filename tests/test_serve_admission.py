@@ -19,7 +19,7 @@ LIMITS = Limits(in_flight=8, places=1, edit_seconds=20, body_seconds=0.1, budget
 def story(tell: Callable[[Admission], Coroutine[Any, Any, None]], limits: Limits = LIMITS) -> None:
     async def told() -> None:
         admission = Admission(limits, clock=lambda: CLOCK[0])
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await tell(admission)
         assert len(admission) == 0, "everybody has left"
 

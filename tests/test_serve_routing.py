@@ -104,7 +104,7 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[Story], None]:
 
     def run(story: Story) -> None:
         async def within_time() -> None:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await story(lambda **awake: Version(monkeypatch, **awake))
 
         asyncio.run(within_time())

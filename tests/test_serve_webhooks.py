@@ -77,7 +77,7 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
 
 async def told(site: JobSite, status: str, job_id: str = "one", api_key: str = "") -> Any:
     """A job once its end has been told, or never will be."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (job := (await site.get(job_id, api_key)).json())["webhook_status"] != status:
             assert job["webhook_status"] in (None, "pending"), job
             await asyncio.sleep(0.02)
