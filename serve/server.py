@@ -23,7 +23,7 @@ import ray as untyped_ray
 from ray import serve as untyped_serve
 from ray.serve.exceptions import RayServeException
 
-from insightedit.platform.cluster import for_many_actors
+from insightedit.platform.cluster import start_local
 from insightedit.platform.processes import began
 from insightedit.platform.registry import Registry
 from insightedit.platform.workdir import ENVIRONMENT_VARIABLE, Workdir
@@ -74,7 +74,7 @@ def local_cluster(workdir: Workdir, folder: Path) -> Generator[None]:
     }
     cpus = max(LOGICAL_CPUS, os.cpu_count() or 1)
     environment = {"env_vars": variables}
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **for_many_actors(cpus))
+    start_local(cpus, runtime_env=environment)
     try:
         yield
     finally:

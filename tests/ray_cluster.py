@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,11 +57,12 @@ class RayCluster:
 
     def start(self) -> None:
         head = f"--head --port={self.port} --dashboard-port={self.dashboard_port} --num-cpus=0"
-        self._start_node(f"{head} --ray-client-server-port={free_port()}")
-        self._until(lambda: self._alive() == 1)
-        for group, cpus in self.groups.items():
-            self._start_node(f"--address=127.0.0.1:{self.port} --num-cpus={cpus} --labels=group={group}")
-        self._until(lambda: self._alive() == 1 + len(self.groups))
+        self._start_node(f"{head} --ray-client-server-port={free_port()}", lambda: self._alive() == 1)
+        for alive, (group, cpus) in enumerate(self.groups.items(), start=2):
+            self._start_node(
+                f"--address=127.0.0.1:{self.port} --num-cpus={cpus} --labels=group={group}",
+                lambda alive=alive: self._alive() == alive,
+            )
 
     def lose_head(self) -> None:
         """As when the head's machine loses its power; the others end themselves after a minute, and here at once."""
@@ -77,16 +78,26 @@ class RayCluster:
         headers = {"Authorization": f"Bearer {self.token}"}
         return httpx.get(f"{self.address}{path}", headers=headers, timeout=10).raise_for_status().json()
 
-    def _start_node(self, arguments: str) -> None:
-        # A folder each, as machines have.
+    def _start_node(self, arguments: str, up: Callable[[], bool]) -> None:
+        """Start a node and wait until it is up; one that the machine was too busy for ends, and is started again."""
         folder = self.folder / f"n{len(self.nodes)}"
+        log = self.folder / f"{folder.name}.log"
+        # A folder each, as machines have.
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
         # Jobs are started by the head's agent, which has a fixed port unless told otherwise: another Ray's may have it.
         command += [f"--temp-dir={folder}", f"--dashboard-agent-listen-port={free_port()}", *arguments.split()]
-        with (self.folder / f"{folder.name}.log").open("wb") as log:
-            self.nodes.append(
-                subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
-            )
+        began = time.monotonic()
+        self.nodes.append(self._run(command, log))
+        while not up():
+            assert time.monotonic() - began < START_SECONDS, log.read_text()[-2000:]
+            if self.nodes[-1].poll() is not None:
+                _kill_of(folder)
+                self.nodes[-1] = self._run(command, log)
+            time.sleep(0.2)
+
+    def _run(self, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+        with log.open("ab") as output:
+            return subprocess.Popen(command, env=self.environment, stdout=output, stderr=output, start_new_session=True)
 
     def _alive(self) -> int:
         with contextlib.suppress(httpx.HTTPError):
@@ -94,12 +105,13 @@ class RayCluster:
             return sum(node["state"] == "ALIVE" for node in nodes)
         return 0
 
-    def _until(self, condition: Any) -> None:
-        began = time.monotonic()
-        while not condition():
-            logs = "\n".join(path.read_text()[-2000:] for path in self.folder.glob("n*.log"))
-            assert time.monotonic() - began < START_SECONDS, logs
-            time.sleep(0.2)
+
+def _kill_of(folder: Path) -> None:
+    """What a node that has ended left behind."""
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(str(folder) in word for word in process.info["cmdline"] or []):
+                process.kill()
 
 
 def _kill(node: subprocess.Popen[bytes]) -> None:

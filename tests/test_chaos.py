@@ -24,6 +24,7 @@ from ray.core.generated import autoscaler_pb2
 from test_faults import curve
 from test_training import plan
 
+from insightedit.platform.cluster import started
 from insightedit.platform.config import RunConfig
 from insightedit.platform.journals import read_entries
 from insightedit.platform.manifests import sha256_file
@@ -54,13 +55,13 @@ class Machines:
     nodes: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def start(self) -> None:
-        self.cluster.add_node(num_cpus=0)
+        started(lambda: self.cluster.add_node(num_cpus=0))
         for name in self.cpus:
             self.add(name, self.cpus[name])
         ray.init(address=self.cluster.address, logging_level=logging.ERROR, log_to_driver=False)
 
     def add(self, name: str, cpus: int) -> None:
-        self.nodes[name] = self.cluster.add_node(num_cpus=cpus, resources={name: 100})
+        self.nodes[name] = started(lambda: self.cluster.add_node(num_cpus=cpus, resources={name: 100}))
 
     def kill_node(self, name: str) -> None:
         """A node is lost, and started again."""

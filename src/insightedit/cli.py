@@ -56,16 +56,15 @@ if TYPE_CHECKING:
     from insightedit.quickstart import Quickstart
 
 INTERRUPTED = 130
-ENVIRONMENT = {
+QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "RAY_raylet_start_wait_time_s": "120",
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-"""Environment in which libraries keep to themselves what is of no use to whoever typed a command, do not wait for
-minutes for a registry that is down, and do wait for a Ray that a busy machine is slow to start."""
+"""Environment in which libraries keep to themselves what is of no use to whoever typed a command, and do not wait for
+minutes for a registry that is down."""
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -597,7 +596,7 @@ def run(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911  (one f
         The exit code: 0, 1 failed, 2 wrong use, 3 a gate refused, 4 not found, 5 cluster not reached, 130 interrupted.
     """
     session = Session()
-    for name, value in ENVIRONMENT.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     # Loaded wherever a model is saved, it says on stdout, where results are printed, that there is no GPU.
     logging.getLogger("DeepSpeed").disabled = True
