@@ -24,13 +24,13 @@ os.environ.update(
     }
 )
 
-# Minutes each. They come first, so that two processes, each with a file at a time, end together.
+# Trainings and jobs of minutes each. They come first, so that two processes, each with a file at a time, end together;
+# servers, of which an answer in time is expected, then run beside short tests.
 LONG = {
     "test_training.py",
     "test_elastic.py",
     "test_bad_steps.py",
     "test_faults.py",
-    "test_serve_ray.py",
     "test_efficiency.py",
     "test_sharding.py",
     "test_chaos.py",
