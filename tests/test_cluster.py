@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -13,24 +10,6 @@ import pytest
 from insightedit.platform.cluster import started
 from insightedit.platform.errors import ClusterError
 
-# In every Python of the node; the first agent takes longer than Ray gives it.
-LATE_AGENT = """
-import os, sys, time
-if any("dashboard/agent.py" in word for word in sys.orig_argv):
-    try:
-        os.close(os.open(os.environ["LATE_ONCE"], os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        pass
-    else:
-        time.sleep(30)
-"""
-RAY = """
-import psutil, ray
-from insightedit.platform.cluster import connected
-with connected():
-    assert ray.get(ray.remote(num_cpus=0.1)(lambda: 1).remote()) == 1
-assert not psutil.Process().children()
-"""
 LATE = "The current node timed out during startup. This could happen because some of the raylet failed to startup."
 
 
@@ -69,14 +48,3 @@ def test_another_error_is_not_tried_again() -> None:
     with pytest.raises(ConnectionError, match="refused"):
         started(start)
     assert len(tries) == 1
-
-
-@pytest.mark.slow
-def test_a_ray_with_a_late_agent_comes_up_in_another_try(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(LATE_AGENT)
-    once = tmp_path / "once"
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [sys.executable, "-c", RAY], env={**os.environ, "PYTHONPATH": path, "LATE_ONCE": str(once)}, check=True
-    )
-    assert once.exists()
