@@ -194,7 +194,7 @@ def test_keys_and_jobs_outlive_their_gateway(served: Served, tmp_path: Path) -> 
 
     def post(prompt: str = PROMPT) -> Any:
         image = ("a.png", png(picture()), "image/png")
-        headers = {"Idempotency-Key": "of this test"}
+        headers = {"Idempotency-Key": "of-this-test"}
         return client.images.with_raw_response.edit(image=image, prompt=prompt, extra_headers=headers)
 
     first = post()
