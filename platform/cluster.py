@@ -21,7 +21,7 @@ ADDRESS_VARIABLE = "RAY_ADDRESS"
 _OWN_ERROR = re.compile(r"^insightedit\.\S+Error: (.+)$", re.MULTILINE)
 # Of Ray's text, which is a page long and ends with advice for those who run Ray.
 _SHORT_OF_MEMORY = re.compile(r"low on memory. Memory on the node \(IP: ([^,)]+).*?\) was (\S+) used / (\S+) limit")
-_TOO_BUSY = "timed out during startup"
+_TOO_BUSY = "timed out during startup"  # Of what Ray says of a node that has not come up.
 _TRIES = 4
 MIN_LOGICAL_CPUS = 8
 """What a local Ray counts at least: two workers and their data stream on a machine of two CPUs would leave none to run

@@ -117,7 +117,7 @@ class Store:
         system, root = _opened(self.uri)
         with self._failing(name):
             if self.path is not None:
-                _write_file(self.path / name, data)
+                write_file(self.path / name, data)
                 return
             with system.open_output_stream(f"{root}/{name}") as file:
                 file.write(data)
@@ -216,7 +216,8 @@ def retried(action: Callable[[], T], seconds: float, stop: threading.Event | Non
         delay = min(2 * delay, _LONGEST_DELAY)
 
 
-def _write_file(path: Path, data: bytes | memoryview) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a file whole, on the disk, or not at all."""
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

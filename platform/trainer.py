@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -35,7 +34,7 @@ from insightedit.platform.errors import InsightEditError, NotFoundError, UsageEr
 from insightedit.platform.leases import Lease
 from insightedit.platform.manifests import hashed_on_disk, sha256_file, sync_folder
 from insightedit.platform.shards import ShardManifest
-from insightedit.platform.storage import Store
+from insightedit.platform.storage import Store, write_file
 from insightedit.platform.streams import StageStream, StageStreams
 from insightedit.platform.surveillance import START_SECONDS, HeedTermination
 from insightedit.platform.tasks import TrainingTask
@@ -330,23 +329,10 @@ def finish_stage(plan: TrainingPlan, weights: Mapping[str, Tensor], result: Mapp
     write_json(folder / RESULT_NAME, asdict(done))
 
 
-def write_json(path: Path, content: object, *, durable: bool = True) -> None:
-    """Write a file so that readers see the old or the new one, never half of it.
-
-    Args:
-        path: of the file.
-        content: what JSON can hold.
-        durable: the new one is on the disk when this returns; for what is written again and again, it need not be.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
-    if durable:
-        sync_folder(path.parent)
+def write_json(path: Path, content: object) -> None:
+    """Write a file so that readers see the old or the new one, never half of it; the new one is on the disk then."""
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    sync_folder(path.parent)
 
 
 def loss_names(number: int) -> tuple[str, ...]:

@@ -320,7 +320,7 @@ class StageWorker:
             samples_per_second=point.figures["samples_per_second"],
             goodput=point.figures["goodput"],
         )
-        write_json(self.plan.progress, asdict(progress), durable=False)
+        write_json(self.plan.progress, asdict(progress))
         self._track(entry)
 
     def _track(self, entry: Mapping[str, Any]) -> None:

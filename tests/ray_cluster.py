@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,12 +57,9 @@ class RayCluster:
 
     def start(self) -> None:
         head = f"--head --port={self.port} --dashboard-port={self.dashboard_port} --num-cpus=0"
-        self._start_node(f"{head} --ray-client-server-port={free_port()}", lambda: self._alive() == 1)
-        for alive, (group, cpus) in enumerate(self.groups.items(), start=2):
-            self._start_node(
-                f"--address=127.0.0.1:{self.port} --num-cpus={cpus} --labels=group={group}",
-                lambda alive=alive: self._alive() == alive,
-            )
+        self._start_node(f"{head} --ray-client-server-port={free_port()}")
+        for group, cpus in self.groups.items():
+            self._start_node(f"--address=127.0.0.1:{self.port} --num-cpus={cpus} --labels=group={group}")
 
     def lose_head(self) -> None:
         """As when the head's machine loses its power; the others end themselves after a minute, and here at once."""
@@ -78,7 +75,7 @@ class RayCluster:
         headers = {"Authorization": f"Bearer {self.token}"}
         return httpx.get(f"{self.address}{path}", headers=headers, timeout=10).raise_for_status().json()
 
-    def _start_node(self, arguments: str, up: Callable[[], bool]) -> None:
+    def _start_node(self, arguments: str) -> None:
         """Start a node and wait until it is up; one that the machine was too busy for ends, and is started again."""
         folder = self.folder / f"n{len(self.nodes)}"
         log = self.folder / f"{folder.name}.log"
@@ -88,7 +85,7 @@ class RayCluster:
         command += [f"--temp-dir={folder}", f"--dashboard-agent-listen-port={free_port()}", *arguments.split()]
         began = time.monotonic()
         self.nodes.append(self._run(command, log))
-        while not up():
+        while self._alive() != len(self.nodes):
             assert time.monotonic() - began < START_SECONDS, log.read_text()[-2000:]
             if self.nodes[-1].poll() is not None:
                 _kill_of(folder)
