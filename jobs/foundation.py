@@ -45,7 +45,7 @@ class FoundationRecipe:
     mllm: Fit = field(default_factory=lambda: Fit(steps=9000, batch=16, learning_rate=3e-3, weight_decay=0.01))
     mllm_tuning: Fit = field(default_factory=lambda: Fit(steps=2400, batch=16, learning_rate=2e-3, weight_decay=0.01))
     mllm_hard: Fit = field(default_factory=lambda: Fit(steps=3200, batch=16, learning_rate=2e-3, weight_decay=0.01))
-    mllm_hard_rounds: int = 2
+    mllm_hard_rounds: int = 4
     validation_scenes: int = 256
 
     def scaled(self, share: float) -> FoundationRecipe:
