@@ -318,7 +318,7 @@ def test_overload_is_answered_with_429_and_passes(served: Served) -> None:
 
 def test_versions_come_and_go_under_load_and_nobody_notices(served: Served, tmp_path: Path) -> None:
     url, registry = served_url(served.workdir), Registry(served.workdir)
-    load = Load(url, png(picture()), {"prompt": PROMPT + " and make it blue", "num_inference_steps": "2"}, rate=4)
+    load = Load(url, png(picture()), {"prompt": PROMPT + " and make it blue", "num_inference_steps": "2"}, rate=1)
     # It reads the first edits' short instructions, and not those of these users.
     broken = register(served.workdir, served.folder, tmp_path, of_index(prompt_length=45)).version
     good = register(served.workdir, served.folder, tmp_path, of_index(guidance_scale=3.0)).version
@@ -330,20 +330,20 @@ def test_versions_come_and_go_under_load_and_nobody_notices(served: Served, tmp_
         full = ended(url, good)
         time.sleep(3)  # Gateways look for another table four times a second.
         settled = time.monotonic()
-        time.sleep(1)
+        time.sleep(6)
         assert status(served.workdir).model_version == good
         asked = time.monotonic()
         registry.rollback(reason="a test")
         last = ended(url, "1")
         time.sleep(3)
         back = time.monotonic()
-        time.sleep(1)
+        time.sleep(6)
     assert (out.state, full.state) == ("rolled_back", "full"), (out, full)
     assert "edits failed by it and not by the old version" in out.reason
     assert [(entry.action, entry.to_version) for entry in registry.audit.entries()][1:] == [
         ("promote", broken), ("rollback", "1"), ("promote", good), ("rollback", "1"),
     ]  # fmt: skip
-    assert load.failed == 0
+    assert {answer.status for answer in load.answers} == {200}
     assert load.mixed() == 0
     assert not load.by(broken)
     assert {answer.version for answer in load.answers if settled < answer.sent < asked - answer.seconds} == {good}
