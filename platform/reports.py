@@ -81,7 +81,8 @@ def write_sheet(path: Path, rows: Sequence[SheetRow]) -> None:
                 sheet.paste(enlarged(picture, _CELL), (left, top))
         text = textwrap.fill(row.instruction, 28)
         draw.multiline_text((lefts[1], top + 8), text, fill=INK, font=font, spacing=6)
-        draw.text((lefts[1], top + _CELL - 24), row.note, fill=SOFT, font=small)
+        note = textwrap.fill(row.note, 38)
+        draw.multiline_text((lefts[1], top + _CELL - 6), note, fill=SOFT, font=small, anchor="ld")
     sheet.save(path, optimize=True)
 
 
