@@ -62,9 +62,8 @@ def check_the_same(whole: TrainingPlan, disturbed: TrainingPlan, stage: int, see
 
 
 def test_hanging_notices_and_death_change_nothing(tmp_path: Path, ray_cluster: None) -> None:
-    # Between checkpoints lie points of the curves, and between points checkpoints. A fault's step is counted from where
-    # its process began.
-    stages = {1: {"steps": 17, "checkpoint_every": 4, "log_every": 3}}
+    # Between checkpoints lie points of the curves, and between points checkpoints.
+    stages = {1: {"steps": 9, "checkpoint_every": 4, "log_every": 3}, 2: {"steps": 11, "checkpoint_every": 9}}
     config = toy.toy_config(stages, max_failures=2, hang_seconds=8.0)
     whole = plan(tmp_path, config, "whole", dropout=0.3)
     train_stages(whole)
@@ -75,17 +74,19 @@ def test_hanging_notices_and_death_change_nothing(tmp_path: Path, ray_cluster: N
         "disturbed",
         dropout=0.3,
         hang_at=(1, 7, str(marks["hang"])),
-        notice_at=(1, 9, str(marks["notice"])),
-        die_at=(1, 11, str(marks["die"])),
+        notice_at=(2, 5, str(marks["notice"])),
+        die_at=(2, 8, str(marks["die"])),
         record=str(tmp_path / "seeds"),
     )
     train_stages(disturbed)
     assert all(mark.exists() for mark in marks.values())
-    check_the_same(whole, disturbed, 1, tmp_path / "seeds")
-    # It went on from its checkpoint at step 4, and from the one made for the notice in its thirteenth step.
-    for rank in (0, 1):
-        processes = toy.processes(tmp_path / "seeds", disturbed.stream(1), rank)
-        assert [first for first, *_ in processes] == [8 * resumed + 4 * rank for resumed in (0, 4, 13)]
+    for number in (1, 2):
+        check_the_same(whole, disturbed, number, tmp_path / "seeds")
+    # Stage 1 went on from its checkpoint at step 4; stage 2 from the one made for the notice in its fifth step.
+    for number, resumed in ((1, 4), (2, 5)):
+        for rank in (0, 1):
+            _, second = toy.processes(tmp_path / "seeds", disturbed.stream(number), rank)[-2:]
+            assert second[0] == 8 * resumed + 4 * rank
 
 
 def test_the_watchdog_ends_what_holds_the_interpreter(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_the_page_gives_the_same_bytes(served: Served, browser: Browser) -> None
 
 
 def test_keys_and_jobs_outlive_their_gateway(served: Served, tmp_path: Path) -> None:
-    client = openai.OpenAI(base_url=f"{served_url(served.workdir)}/v1", api_key="any", max_retries=10)
+    client = openai.OpenAI(base_url=f"{served_url(served.workdir)}/v1", api_key="any", max_retries=30)
     image, out = tmp_path / "photo.png", tmp_path / "edited.png"
     image.write_bytes(png(picture()))
 
@@ -207,7 +207,7 @@ def test_keys_and_jobs_outlive_their_gateway(served: Served, tmp_path: Path) -> 
     assert again.headers["idempotent-replayed"] == "true"
     with pytest.raises(openai.UnprocessableEntityError, match="give every request its own"):
         post("another")
-    assert cli.run(["edit-job", "fetch", "of-this-test", "--out", str(out), "--wait", "60", *place]) == 0
+    assert cli.run(["edit-job", "fetch", "of-this-test", "--out", str(out), "--wait", "300", *place]) == 0
     assert out.read_bytes() == edit(served, picture(), num_inference_steps=150)
 
 
