@@ -12,10 +12,10 @@ for many scenes where only the means are equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -219,12 +219,18 @@ def latency_gate(version: float, champion: float, most: float) -> Verdict:
 
 
 def _minimum(name: str, least: float, results: Sequence[CaseResult]) -> Verdict:
-    read: Callable[[CaseResult], Any] = score if name == "viescore" else lambda one: _named(name, one)
-    values = {one.case: float(value) for one in results if (value := read(one)) is not None}
-    if not values:
+    """Whether a mean score or metric is high enough; of an edit that was not made it is 0."""
+    from insightedit.platform.metrics import METRICS  # noqa: PLC0415 - brings torch, which only a decision takes
+
+    if name in METRICS and METRICS[name].better == "lower":
+        raise UsageError(f"promotion.minimum asks for much {name}, of which less is better: leave it out.")
+    made = {one.case: float(value) for one in results if (value := _value(name, one)) is not None}
+    unmade = {one.case: 0.0 for one in results if one.unmade}
+    if not made and len(unmade) < len(results):
         raise UsageError(
             f"The evaluation has {name} for no case: evaluate again, or leave it out of promotion.minimum."
         )
+    values = made | unmade
     mean = sum(values.values()) / len(values)
     lowest = sorted(values, key=lambda case: values[case])[:_NAMED_CASES]
     shown = "VIEScore" if name == "viescore" else name
@@ -237,8 +243,8 @@ def _minimum(name: str, least: float, results: Sequence[CaseResult]) -> Verdict:
     )
 
 
-def _named(name: str, result: CaseResult) -> float | None:
-    return counted(result, name) if name in SCORES else result.metrics.get(name)
+def _value(name: str, result: CaseResult) -> float | None:
+    return counted(result, name) if name in ("viescore", *SCORES) else result.metrics.get(name)
 
 
 def _judged(unjudged: int, cases: int, whose: str, config: PromotionConfig) -> Verdict:

@@ -57,6 +57,11 @@ class CaseResult:
     failure: str = ""
     """Why there is no score: one sentence, that begins with `edit` or `judge`. Empty for a case that was scored."""
 
+    @property
+    def unmade(self) -> bool:
+        """Whether there is no edit to judge."""
+        return self.failure.startswith("edit")
+
 
 def counted(result: CaseResult, score: str) -> float | None:
     """A score of a case as it counts in means and comparisons.
@@ -64,7 +69,7 @@ def counted(result: CaseResult, score: str) -> float | None:
     Whoever gives up on what is hard is no better than one that does it badly: where no edit was made, what every judge
     gives counts as 0. None where there is no telling.
     """
-    if score in _OF_EVERY_JUDGE and result.failure.startswith("edit"):
+    if score in _OF_EVERY_JUDGE and result.unmade:
         return 0.0
     return getattr(result, score)
 

@@ -129,8 +129,19 @@ def test_other_minimum_scores_can_be_asked_for() -> None:
     given_up = [replace(one, instruction_adherence=None, failure="edit failed: black") for one in version[:40]]
     followed = decide([*given_up, *version[40:]], None, asked)[1]
     assert (followed.passed, followed.figures["instruction_adherence"]) == (False, 1.5)
-    with pytest.raises(UsageError, match=r"has lpips for no case: .*promotion\.minimum"):
+    none_made = [replace(one, viescore=None, metrics={}, failure="edit failed: black") for one in version]
+    assert refused(decide(none_made, None, asked))[:3] == ["minimum"] * 3
+    with pytest.raises(UsageError, match=r"has dino for no case: .*promotion\.minimum"):
+        decide(version, None, PromotionConfig(minimum={"dino": 0.1}))
+    with pytest.raises(UsageError, match=r"promotion\.minimum asks for much lpips, of which less is better"):
         decide(version, None, PromotionConfig(minimum={"lpips": 0.1}))
+
+
+def test_an_edit_that_was_not_made_has_none_of_a_metric_that_is_asked_for() -> None:
+    version = [replace(one, metrics={"ssim": 0.99}) for one in even_table(0.8)]
+    given_up = [replace(one, viescore=None, metrics={}, failure="edit failed: black") for one in version[:4]]
+    verdict = decide([*given_up, *version[4:]], None, PromotionConfig(minimum={"ssim": 0.95}))[1]
+    assert (verdict.passed, verdict.figures["ssim"]) == (False, pytest.approx(0.99 * 76 / 80))
 
 
 def test_what_is_not_judged_decides_nothing_and_is_limited() -> None:
